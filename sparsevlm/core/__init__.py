@@ -1,0 +1,1 @@
+"""Pure tensor functions of the methods: batched, mask-aware, without transformers. Each names its source."""

@@ -1,0 +1,29 @@
+"""Gathering and packing rows of batches whose samples differ in length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Indices of the True entries of each row, ascending, padded to `width` with indices of False entries.
+
+    All indices of a row are distinct, so a scatter at padded entries never hits a real one.
+
+    Args:
+        mask: [B, L] bool.
+        width: number of columns to return; at least the largest number of True entries in a row.
+
+    Returns:
+        indices [B, width] int64 and which of them are real [B, width] bool.
+    """
+    index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+    return index, mask.gather(1, index)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of `x` [B, L, ...] at `index` [B, N] -> [B, N, ...]. A batch dimension of 1 in `x` is broadcast."""
+    if x.shape[0] != index.shape[0]:
+        x = x.expand(index.shape[0], *x.shape[1:])
+    return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))

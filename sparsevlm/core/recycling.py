@@ -1,0 +1,93 @@
+"""Token recycling: density-peak clustering of dropped tokens and their merging (SparseVLM section 3.3, eq. 8-10).
+
+The released code, not the text, made the published numbers where they differ: Euclidean distances / sqrt(D) instead of
+cosine, mean instead of sum, k of the k-nearest-neighbour density = number of clusters (utils.py:177-232).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def recycled_counts(dropped: int, share: float = 0.3, cluster_share: float = 0.1) -> tuple[int, int]:
+    """How many of the dropped tokens are recycled, and into how many: int(0.3 n) + 1 and int(0.1 m) + 1.
+
+    Source: authors' modelling_sparse_llama.py:281-299 (tau and theta of eq. 8 and 9). Zero dropped: (0, 0).
+    """
+    if dropped <= 0 or share <= 0:
+        return 0, 0
+    pool = min(int(dropped * share) + 1, dropped)
+    return pool, min(int(pool * cluster_share) + 1, pool)
+
+
+def density_peaks(x: Tensor, clusters: Tensor, width: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """DPC-kNN: centres of clusters and the cluster of each token.
+
+    Density of i = exp(-mean of the squared distances to its k nearest neighbours, itself included), k = clusters;
+    separation = distance to the nearest denser token (the densest: the largest distance of all pairs); the tokens of
+    largest density x separation are centres; every other token joins its nearest centre.
+    Ties are systematic: at k = 1 all densities are equal, at k = 2 those of mutual neighbours. None of two equal tokens
+    is denser, and of equal density x separation the lower index comes first (tokens come in order of score). The
+    authors add 1e-6 x uniform noise instead, which makes their result random in float32 and vanishes in float16; ours
+    is their code without the noise, deterministic and the same in every batch.
+
+    Args:
+        x: [B, m, D] tokens.
+        clusters: [B] int64, number of clusters per sample, 1 <= clusters <= its number of valid tokens.
+        width: largest entry of `clusters`, known to the host.
+        valid: [B, m] bool; None = all, and `clusters` the same for all samples.
+
+    Returns:
+        centres [B, width]: indices into m in order of density x separation (entries beyond `clusters` are arbitrary
+        but distinct), and the cluster [B, m] of each token, in 0 ... clusters - 1.
+    """
+    batch, m, channels = x.shape
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    # not by matrix multiplication: that leaves non-zero self-distances and breaks symmetry in the last bits
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / channels**0.5
+    own = torch.arange(width, device=x.device).expand(batch, -1)
+    if valid is None:
+        density = distance.topk(width, dim=-1, largest=False).values.square().mean(-1).neg().exp()
+        largest = distance.flatten(1).amax(1)
+    else:
+        real = own < clusters[:, None]
+        nearest = distance.masked_fill(~valid[:, None], float("inf")).topk(width, dim=-1, largest=False).values
+        density = nearest.square().masked_fill(~real[:, None], 0).sum(-1) / clusters[:, None].clamp(min=1)
+        density = density.neg().exp().masked_fill(~valid, -1)
+        largest = distance.masked_fill(~(valid[:, None] & valid[..., None]), 0).flatten(1).amax(1)
+    denser = density[:, None] > density[..., None]  # [B, i, j]: j is denser than i
+    separation = distance.masked_fill(~denser, float("inf")).amin(-1).minimum(largest[:, None])
+    peak = separation * density
+    if valid is not None:
+        peak = peak.masked_fill(~valid, float("-inf"))
+    centres = peak.sort(dim=1, descending=True, stable=True).indices[:, :width]
+    to_centre = distance.gather(1, centres[..., None].expand(-1, -1, m))
+    if valid is None:
+        return centres, to_centre.argmin(1).scatter(1, centres, own)  # a centre is its own, even beside its double
+    group = to_centre.masked_fill(~real[..., None], float("inf")).argmin(1)
+    return centres, group.scatter(1, centres, torch.where(real, own, group.gather(1, centres)))
+
+
+def merge_weights(
+    group: Tensor, width: int, valid: Tensor | None = None, how: str = "mean", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weights [B, width, m] of `dtype` that turn m tokens into `width` merged ones: weights @ tokens.
+
+    Args:
+        group: [B, m] cluster of each token.
+        width: number of clusters.
+        valid: [B, m] bool, None = all.
+        how: "mean" (the authors' code) or "sum" (eq. 10).
+
+    Raises:
+        ValueError: another `how`.
+    """
+    if how not in ("mean", "sum"):
+        raise ValueError(f"unknown merge {how!r}; known: mean, sum")
+    member = group[:, None] == torch.arange(width, device=group.device)[:, None]
+    if valid is not None:
+        member = member & valid[:, None]
+    weights = member.to(dtype)
+    # 1e-6 as in the authors' utils.py:229
+    return weights / (weights.sum(-1, keepdim=True) + 1e-6) if how == "mean" else weights

@@ -1,0 +1,68 @@
+"""Registry of methods: every module of this package but `base` is one method, named like its file.
+
+The package itself can be called: `sparsevlm.methods()` lists the names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import sys
+import types
+from dataclasses import fields
+
+from sparsevlm.methods.base import Method
+
+
+def names() -> list[str]:
+    """Names of all methods, sorted."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
+
+
+def method_class(name: str) -> type[Method]:
+    """The dataclass of a method.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown method {name!r}.{hint} Known methods: {', '.join(known)}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Method) and value.__dict__.get("name") == name:
+            return value
+    raise ValueError(f"sparsevlm/methods/{name}.py defines no subclass of Method with name = {name!r}")
+
+
+def build(name: str, **options) -> Method:
+    """Build a method from its name and options.
+
+    Args:
+        name: one of :func:`methods`.
+        **options: the fields of the method's dataclass; `budget` is an int (mean visual tokens per LLM layer, counted
+            as they leave the layers, the paper's count) or "full".
+
+    Raises:
+        ValueError: unknown method or option (the message lists the known ones), or a value the method cannot take.
+    """
+    cls = method_class(name)
+    known = [f.name for f in fields(cls) if f.init]
+    unknown = [o for o in options if o not in known]
+    if unknown:
+        raise ValueError(
+            f"method {name!r} has no option {', '.join(map(repr, unknown))}. Its options: {', '.join(known)}"
+        )
+    return cls(**options)
+
+
+class _Registry(types.ModuleType):
+    def __call__(self) -> list[str]:
+        """Names of all methods, sorted."""
+        return names()
+
+
+sys.modules[__name__].__class__ = _Registry

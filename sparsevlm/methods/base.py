@@ -1,0 +1,112 @@
+"""What a method is: a dataclass of options that plans how many tokens stay, scores them, and installs itself as hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from sparsevlm.budget import Schedule, check_budget
+
+if TYPE_CHECKING:
+    from sparsevlm.runtime.families import Family
+    from sparsevlm.runtime.prefill import Prefill
+    from sparsevlm.runtime.stage import Stage
+    from sparsevlm.runtime.trace import Trace
+
+
+@dataclass
+class Method:
+    """Base of all methods. A subclass sets `name`, adds its options as fields and overrides what differs.
+
+    Calling a method with a model gives a context manager: inside it the model prunes, after it the model is what it
+    was before. The hooks need nothing of a method but the members below `__call__`.
+
+    Attributes:
+        budget: mean visual tokens per layer as they leave the layers (see `sparsevlm.budget`), "full", or None when
+            the method's own knobs say how many tokens stay.
+    """
+
+    _: KW_ONLY
+    budget: int | str | None = None
+
+    name: ClassVar[str] = ""
+    # read by the runtime; a method may make options of them
+    positions = "original"  # position ids of survivors: their own, or "renumber" to 0 ... n - 1
+    recycled_at = "end"  # merged tokens come after the kept visual ones, or take the place of their "centre"
+    needs_text: ClassVar[bool] = False  # tokens are rated by text after the image; a prompt without it stays whole
+    adaptive: ClassVar[bool] = False  # counts depend on the picture: the host must wait for the device at each stage
+
+    def __post_init__(self) -> None:
+        self.budget = check_budget(self.budget)
+
+    def __call__(self, model: nn.Module, visual_mask: Tensor | None = None) -> AbstractContextManager[Trace]:
+        """Install the method in `model` for the duration of a `with` block, which receives the trace.
+
+        Args:
+            model: LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration, or a Llama, Mistral, Qwen2 or
+                Qwen3 text model.
+            visual_mask: [B, L] bool, where the prompt's visual tokens are, for callers that pass `inputs_embeds`.
+                Otherwise they are found from `input_ids`.
+
+        Raises:
+            ValueError: unsupported model, pruning layers that do not fit it, or another method active on it.
+        """
+        from sparsevlm.runtime.hooks import install
+
+        return install(self, model, visual_mask)
+
+    # ---- what the runtime asks -------------------------------------------------------------------------------------
+    def check(self, family: Family) -> None:
+        """Called on installation. Raises ValueError if the method cannot work on this model."""
+
+    def plan(self, n_visual: int, n_layers: int) -> Schedule:
+        """The schedule for a prompt; by default nothing is dropped.
+
+        Raises:
+            ValueError: a budget that this prompt or model cannot meet.
+        """
+        return Schedule(n_visual, n_layers, (), (), (), ())
+
+    def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
+        """Called once per prompt before layer 0, with the input embeddings [B, L, D]; raters are chosen here."""
+
+    def score(self, stage: Stage) -> Tensor:
+        """Scores [B, V] of the visual tokens that enter a stage; high ones stay."""
+        raise NotImplementedError
+
+    def keep_counts(self, stage: Stage) -> list[int]:
+        """Tokens to keep per sample; only adaptive methods override this."""
+        return [s.at(stage.layer, n)[0] for s, n in zip(stage.prefill.schedules, stage.n_visual, strict=True)]
+
+    def merge_tokens(self, tokens: Tensor, clusters: Tensor, width: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Centres [B, width] and weights [B, width, m] that merge recycled tokens [B, m, D] into `width`."""
+        raise NotImplementedError
+
+
+def int_tuple(value: Sequence[int] | int | None, what: str) -> tuple[int, ...] | None:
+    """Normalise an option that lists integers (also from a config file or the command line).
+
+    Raises:
+        ValueError: an entry that is not an integer.
+    """
+    if value is None:
+        return None
+    items = [value] if isinstance(value, int) else list(value)
+    try:
+        out = tuple(int(v) for v in items)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} must be integers, not {value!r}") from None
+    if any(float(v) != o for v, o in zip(items, out, strict=True)):
+        raise ValueError(f"{what} must be integers, not {value!r}")
+    return out
+
+
+def one_of(value: str, known: Sequence[str], what: str) -> str:
+    """Return `value` if it is among `known`, else raise a ValueError that lists them."""
+    if value not in known:
+        raise ValueError(f"{what} {value!r} is unknown; known: {', '.join(known)}")
+    return value

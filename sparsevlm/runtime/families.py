@@ -1,0 +1,89 @@
+"""Where things are in a model: the module that sees `input_ids`, the decoder, its projections. One place to extend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+VISION_LANGUAGE_MODELS = ("llava", "video_llava")
+
+
+@dataclass(frozen=True)
+class Family:
+    """The parts of a model that the hooks need.
+
+    Attributes:
+        outer: module whose forward receives `input_ids` and pixels (the decoder itself for a plain text model).
+        decoder: the text model: `.layers`, `.rotary_emb`, `.config`.
+        visual_ids: ids of the placeholder tokens of images and videos; empty for a plain text model.
+        rotate: the family's apply_rotary_pos_emb(q, k, cos, sin).
+    """
+
+    outer: nn.Module
+    decoder: nn.Module
+    visual_ids: tuple[int, ...]
+    rotate: Callable
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.decoder.layers)
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer in tokens, None = full attention."""
+        config = self.decoder.config
+        types = getattr(config, "layer_types", None)
+        if types is not None:
+            return config.sliding_window if types[layer] == "sliding_attention" else None
+        return getattr(config, "sliding_window", None)
+
+
+def locate(model: nn.Module) -> Family:
+    """Find the parts of a supported model.
+
+    Raises:
+        ValueError: an unsupported model, saying why; nothing is installed.
+    """
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind in VISION_LANGUAGE_MODELS:
+        outer = model if hasattr(model, "language_model") else model.model
+        decoder = outer.language_model
+        ids = [getattr(config, n, None) for n in ("image_token_id", "video_token_id")]
+        visual_ids = tuple(i for i in ids if i is not None)
+    elif kind in TEXT_MODELS:
+        decoder = model if hasattr(model, "layers") else model.model
+        outer, visual_ids = decoder, ()
+    else:
+        raise ValueError(
+            f"models of type {kind!r} are not supported. Supported: {', '.join(VISION_LANGUAGE_MODELS)} over "
+            f"{', '.join(TEXT_MODELS)}, and these text models by themselves (with visual_mask=)." + _reason(config)
+        )
+    text_kind = decoder.config.model_type
+    if text_kind not in TEXT_MODELS:
+        raise ValueError(
+            f"the text model {text_kind!r} is not supported; supported: {', '.join(TEXT_MODELS)}."
+            + _reason(decoder.config)
+        )
+    attention = decoder.layers[0].self_attn
+    missing = [p for p in ("q_proj", "k_proj", "v_proj") if not hasattr(attention, p)]
+    if missing:
+        raise ValueError(f"the attention of {text_kind!r} has no {', '.join(missing)} (fused projections?)")
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if rotate is None:
+        raise ValueError(f"no rotary position embedding found for {text_kind!r}")
+    return Family(outer, decoder, visual_ids, rotate)
+
+
+def _reason(config) -> str:
+    """What is known to stand in the way, for the error message."""
+    text = getattr(config, "text_config", None) or config
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        return " Its rotary embedding has several axes (M-RoPE), which renumbering and scoring do not handle yet."
+    if str(getattr(text, "model_type", "")).startswith("phi3"):
+        return " Its query, key and value projections are fused, which scoring does not handle yet."
+    return ""

@@ -1,0 +1,228 @@
+"""Installing a method in a model: pre-hooks on the decoder layers, state on the cache, nothing replaced.
+
+Pruning on the output of layer p happens in the pre-hook of layer p + 1: transformers' own output-recording hooks then
+see layer p unpruned and p + 1 pruned, whatever the order of installation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from sparsevlm.runtime.cache_state import (
+    CacheState,
+    cached_length,
+    extended,
+    seen_tokens,
+    state_of,
+)
+from sparsevlm.runtime.families import locate
+from sparsevlm.runtime.masks import SegmentMasks, padding_from
+from sparsevlm.runtime.prefill import Prefill
+from sparsevlm.runtime.prompt import read_prompt
+from sparsevlm.runtime.trace import Trace
+
+_PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
+_active: WeakSet = WeakSet()
+
+
+@contextmanager
+def install(method, model: nn.Module, visual_mask: Tensor | None = None) -> Iterator[Trace]:
+    """Context manager behind `method(model)`; see `Method.__call__`."""
+    hooks = Hooks(method, model, visual_mask)
+    if hooks.family.decoder in _active:
+        raise ValueError("a method is already active on this model; leave its `with` block first")
+    _active.add(hooks.family.decoder)
+    try:
+        hooks.add()
+        yield hooks.trace
+    finally:
+        hooks.remove()
+        _active.discard(hooks.family.decoder)
+
+
+class Hooks:
+    """The hooks of one method in one model. One thread per model."""
+
+    def __init__(self, method, model: nn.Module, visual_mask: Tensor | None):
+        self.method, self.model = method, model
+        self.family = locate(model)
+        if visual_mask is None and not self.family.visual_ids:
+            raise ValueError("a plain text model needs visual_mask=: a [B, L] bool tensor, True at visual tokens")
+        if visual_mask is not None and (visual_mask.dim() != 2 or visual_mask.dtype != torch.bool):
+            raise ValueError(f"visual_mask must be [B, L] bool, not {tuple(visual_mask.shape)} {visual_mask.dtype}")
+        method.check(self.family)
+        self.given_mask = visual_mask
+        self.trace = Trace()
+        self.handles: list = []
+        self.visual: Tensor | None = None  # of the call being made
+        self.mask = None  # attention_mask of the call, as the caller gave it
+        self.prefill: Prefill | None = None
+        self.step: SegmentMasks | None = None  # of a call without visual tokens
+        self.prompt_length: int | None = None  # inside generate()
+
+    # ---- installing ------------------------------------------------------------------------------------------------
+    def add(self) -> None:
+        family = self.family
+        keep = self.handles.append
+        keep(family.outer.register_forward_pre_hook(self._on_call, with_kwargs=True))
+        keep(family.decoder.register_forward_hook(self._on_output))
+        for i, layer in enumerate(family.decoder.layers):
+            keep(layer.register_forward_pre_hook(functools.partial(self._on_layer, i), with_kwargs=True))
+            keep(layer.self_attn.k_proj.register_forward_pre_hook(functools.partial(self._skip_keys, i)))
+            keep(layer.self_attn.k_proj.register_forward_hook(functools.partial(self._give_keys, i)))
+        if hasattr(self.model, "generate"):
+            self._wrap_generate()
+
+    def remove(self) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+        self.model.__dict__.pop("generate", None)
+        self.prefill = self.step = self.visual = self.mask = None
+
+    def _wrap_generate(self) -> None:
+        """Note how long the prompt is: assisted decoding and use_cache=False put other tokens into a prefill."""
+        original = self.model.generate
+
+        @functools.wraps(original)
+        def generate(*args, **kwargs):
+            prompt = kwargs.get("attention_mask")
+            for name in ("inputs_embeds", "input_ids", "inputs"):
+                prompt = kwargs.get(name) if prompt is None else prompt
+            prompt = args[0] if prompt is None and args else prompt
+            self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.dim() > 1 else None
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.prompt_length = None
+
+        self.model.generate = generate
+
+    # ---- one call --------------------------------------------------------------------------------------------------
+    def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The outermost module: find the visual tokens. Decode steps do nothing here, so nothing is waited for."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        embeds = kwargs.get("inputs_embeds")
+        self.prefill = self.step = self.visual = None
+        self.mask = kwargs.get("attention_mask")
+        if self.given_mask is not None:
+            self.visual = self._given(embeds if embeds is not None else ids, kwargs.get("past_key_values"))
+        elif ids is not None and any(kwargs.get(name) is not None for name in _PIXELS):
+            self.visual = sum(ids == i for i in self.family.visual_ids).bool()
+
+    def _given(self, tokens: Tensor, cache) -> Tensor | None:
+        """The caller's visual mask, for a call that starts a sequence; repeated for beams, extended by new tokens."""
+        mask = self.given_mask
+        batch, length = tokens.shape[:2]
+        if seen_tokens(cache) or length < mask.shape[1]:
+            return None
+        if batch % mask.shape[0]:
+            raise ValueError(f"visual_mask has {mask.shape[0]} rows, the input {batch}")
+        mask = mask.repeat_interleave(batch // mask.shape[0], 0)
+        return nn.functional.pad(mask, (0, length - mask.shape[1]))
+
+    def _on_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict):
+        """Before each decoder layer."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = kwargs.get("past_key_values")
+        if i == 0:
+            self._begin(hidden, kwargs, cache)
+        if self.prefill is not None:
+            new = self.prefill.enter(i, hidden)
+            masks = self.prefill.segment_masks
+        else:
+            new, masks = hidden, self._continue(i, hidden, kwargs, cache)
+        if masks is None:
+            return None
+        kwargs = {**kwargs, **masks.kwargs(i, new)}
+        if args:
+            return (new, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": new}
+
+    def _begin(self, hidden: Tensor, kwargs: dict, cache) -> None:
+        """Layer 0: read the prompt, or find that this call has nothing to prune."""
+        visual, self.visual = self.visual, None
+        length = hidden.shape[1]
+        if cache is not None and length > 1 and cached_length(cache, 0) == 0:
+            cache.sparsevlm = None  # a fresh or reset cache
+            cache.__dict__.pop("get_seq_length", None)
+        if visual is None:
+            return
+        past = seen_tokens(cache)
+        key_mask = padding_from(self.mask if isinstance(self.mask, Tensor) else kwargs["attention_mask"], past, length)
+        limit = None
+        if self.prompt_length is not None and self.prompt_length > past:
+            limit = min(self.prompt_length - past, length)
+        prompt = read_prompt(visual, key_mask, past, limit, self.method.needs_text)
+        if prompt is None:
+            return
+        if prompt.padded:
+            key_mask = key_mask.to(hidden.device)
+            if cache is not None:
+                self._keep_first_mask(cache, key_mask, length)
+                key_mask = state_of(cache).segments[0].key_mask
+        self.prefill = Prefill(self.method, self.family, prompt, hidden, kwargs, cache, key_mask)
+        self.trace.prefills.append(self.prefill.record)
+
+    def _keep_first_mask(self, cache, key_mask: Tensor, length: int) -> None:
+        """Remember the padding of layer 0's cache, from which later segments split off."""
+        state, new = state_of(cache), key_mask[:, -length:]
+        if state.dropped_at_input:
+            first = state.segments[0].key_mask
+            key_mask = extended(first, cached_length(cache, 0), new, *new.shape, new.device)
+        state.segments[0].key_mask = key_mask
+
+    def _continue(self, i: int, hidden: Tensor, kwargs: dict, cache) -> SegmentMasks | None:
+        """A call without visual tokens on a cache that was pruned: masks and positions of each segment."""
+        state: CacheState | None = getattr(cache, "sparsevlm", None)
+        if state is None:
+            return None
+        if i == 0:
+            self.step = None
+        if state.starts_own_masks(i):
+            segment, (batch, n) = state.at(i), hidden.shape[:2]
+            new = None
+            if n > 1 and isinstance(self.mask, Tensor) and self.mask.dim() == 2:
+                new = self.mask[:, -n:].bool().to(hidden.device)
+            if segment.key_mask is not None or new is not None:
+                cached = cached_length(cache, i)
+                segment.key_mask = extended(segment.key_mask, cached, new, batch, n, hidden.device)
+            rope = positions = None
+            if isinstance(segment.shift, Tensor) or segment.shift:
+                positions = kwargs["position_ids"] - segment.shift
+                rope = self.family.decoder.rotary_emb(hidden, position_ids=positions)
+            self.step = SegmentMasks(self.family, segment.key_mask, cache, rope, positions)
+        return self.step
+
+    def _on_output(self, module: nn.Module, args: tuple, out):
+        """Give the caller a sequence of the length it passed in (zeros where tokens were dropped)."""
+        prefill, self.prefill, self.step = self.prefill, None, None
+        if prefill is None or prefill.length == prefill.prompt.length and prefill.recycled is None:
+            return None
+        hidden = out.last_hidden_state
+        if prefill.key_mask is not None:
+            hidden = hidden * prefill.key_mask[:, -prefill.length :, None]
+        full = hidden.new_zeros(hidden.shape[0], prefill.prompt.length, hidden.shape[2])
+        source = prefill.source.to(hidden.device)[..., None].expand_as(hidden)
+        out.last_hidden_state = full.scatter_add_(1, source, hidden)
+        return out
+
+    # ---- keys computed for scoring ---------------------------------------------------------------------------------
+    def _computed_keys(self, i: int) -> Tensor | None:
+        """k_proj's output of layer i if scoring has made it already."""
+        computed = self.prefill.computed_keys if self.prefill is not None else None
+        return computed[1] if computed is not None and computed[0] == i else None
+
+    def _skip_keys(self, i: int, module: nn.Module, args: tuple):
+        return None if self._computed_keys(i) is None else (args[0][:, :0],)
+
+    def _give_keys(self, i: int, module: nn.Module, args: tuple, out: Tensor):
+        keys = self._computed_keys(i)
+        if keys is not None:
+            self.prefill.computed_keys = None
+        return keys

@@ -1,0 +1,62 @@
+"""Masks: reading the caller's padding in any backend's format, and making masks for layers whose caches differ."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from sparsevlm.runtime.families import Family
+
+
+def padding_from(mask, past: int, length: int) -> Tensor | None:
+    """Which keys are real, [B, past + length] bool, from a 2D mask or from sdpa's or eager's 4D one; None = all.
+
+    A 4D mask is read on its diagonal (a real token sees itself, also under a sliding window) and, for earlier turns, in
+    its last row.
+    """
+    if isinstance(mask, dict):  # models with several kinds of layers
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        mask = mask[:, 0]
+        mask = mask if mask.dtype == torch.bool else mask == 0
+        new = mask[..., past : past + length].diagonal(dim1=1, dim2=2)
+        return torch.cat([mask[:, -1, :past], new], 1)
+    return mask[:, : past + length].bool()
+
+
+def causal_mask(family: Family, layer: int, hidden: Tensor, key_mask: Tensor | None, cache):
+    """The mask of one layer in the backend's own format, sized for that layer's cache.
+
+    No position_ids are passed: gaps in them would be taken for packed sequences (transformers masking_utils).
+    """
+    make = create_causal_mask if family.window(layer) is None else create_sliding_window_causal_mask
+    return make(
+        config=family.decoder.config,
+        inputs_embeds=hidden,
+        attention_mask=key_mask,
+        past_key_values=cache,
+        layer_idx=layer,
+    )
+
+
+class SegmentMasks:
+    """Keyword arguments for the layers of a segment: masks for its caches (one per kind of attention) and positions."""
+
+    def __init__(self, family: Family, key_mask: Tensor | None, cache, rope=None, position_ids: Tensor | None = None):
+        self.family, self.key_mask, self.cache = family, key_mask, cache
+        self.rope, self.position_ids = rope, position_ids
+        self._masks: dict = {}
+
+    def kwargs(self, layer: int, hidden: Tensor) -> dict:
+        """What replaces the model's own arguments in `layer`; must be asked before that layer runs."""
+        window = self.family.window(layer)
+        if window not in self._masks:
+            self._masks[window] = causal_mask(self.family, layer, hidden, self.key_mask, self.cache)
+        out = {"attention_mask": self._masks[window]}
+        if self.rope is not None:
+            # gaps in position_ids look like packed sequences to FlashAttention; the rotation is in position_embeddings
+            out |= {"position_ids": self.position_ids, "position_embeddings": self.rope}
+        return out

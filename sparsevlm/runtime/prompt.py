@@ -1,0 +1,91 @@
+"""The layout of a prompt, read to the host once: where visual tokens, text and padding are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Prompt:
+    """Host-side facts of one forward that brings visual tokens.
+
+    Attributes:
+        length: tokens of this call, padding included.
+        past: tokens of earlier calls (of layer 0's cache, plus what was dropped before it).
+        visual: [B, length] bool, the tokens that may be dropped. Empty rows are left alone.
+        real: [B, length] bool, False = padding.
+        n_visual: visual tokens per sample, also of those that are left alone.
+        tail: number of positions after the last visual token, the largest of the batch: the columns of `text`.
+        text: [B, tail] bool, tokens of the prompt after its last visual token (right-aligned with the sequence).
+        padded: whether anything, also in earlier turns, is padding.
+    """
+
+    length: int
+    past: int
+    visual: np.ndarray
+    real: np.ndarray
+    n_visual: list[int]
+    tail: int
+    text: np.ndarray
+    padded: bool
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens that may be dropped, per sample."""
+        return self.visual.sum(1).tolist()
+
+    @property
+    def trailing(self) -> list[int]:
+        """Padding after the last real token, per sample (right-padded batches)."""
+        return np.argmax(self.real[:, ::-1], axis=1).tolist()
+
+    def index(self, width: int) -> np.ndarray:
+        """[B, width] int64: positions of the tokens that may be dropped, padded with other, distinct positions."""
+        return np.argsort(~self.visual, axis=1, kind="stable")[:, :width]
+
+
+def read_prompt(
+    visual: Tensor, key_mask: Tensor | None, past: int, limit: int | None, needs_text: bool
+) -> Prompt | None:
+    """Read the layout with one device-to-host copy (none for a mask that is on the CPU already).
+
+    Args:
+        visual: [B, L] bool.
+        key_mask: [B, past + L] bool, None = no padding.
+        past: tokens cached before this call.
+        limit: number of tokens of this call that belong to the prompt, None = all. What follows (candidates of
+            assisted decoding, generated tokens without a cache) neither rates nor is visual.
+        needs_text: leave samples alone whose images no text follows: nothing could rate them.
+
+    Returns:
+        None if no sample has anything to drop.
+    """
+    batch, length = visual.shape
+    if key_mask is None or key_mask.device.type == "meta":
+        host, mask = visual.cpu().numpy(), np.ones((batch, past + length), bool)
+    elif key_mask.device == visual.device:
+        both = torch.cat([visual, key_mask], 1).cpu().numpy()
+        host, mask = both[:, :length], both[:, length:]
+    else:
+        host, mask = visual.cpu().numpy(), key_mask.cpu().numpy()
+    real = mask[:, past:]
+    host = host & real
+    if limit is not None:
+        host = host & (np.arange(length) < limit)
+    n_visual = host.sum(1).tolist()
+    if not any(n_visual):
+        return None
+    last = np.where(host, np.arange(length), -1).max(1)
+    tail = int(length - 1 - last[np.array(n_visual) > 0].min())
+    text = real & (np.arange(length) > last[:, None])
+    if limit is not None:
+        text &= np.arange(length) < limit
+    text = text[:, length - tail :]
+    droppable = host & text.any(1)[:, None] if needs_text else host
+    if not droppable.any():
+        return None
+    return Prompt(length, past, droppable, real, n_visual, tail, text, not mask.all())
