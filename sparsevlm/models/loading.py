@@ -1,0 +1,89 @@
+"""`load`: one path for the embedded model, the hub's checkpoints and local folders."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from sparsevlm.models.checkpoint import check_family, find_checkpoint
+from sparsevlm.models.processor import Processor, check_options
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load(
+    name: str | os.PathLike,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    attn_implementation: str = "sdpa",
+    revision: str | None = None,
+    prompt: str = "hub",
+    image_aspect_ratio: str = "crop",
+) -> tuple[PreTrainedModel, Processor]:
+    """Load a model, ready to generate, and its processor.
+
+    The checkpoint must hold safetensors; no code of a checkpoint is ever run. By default everything is as on the hub;
+    LLaVA's and SparseVLM's papers evaluate with ``prompt="vicuna_v1", image_aspect_ratio="pad"``.
+
+    Args:
+        name: "mini" (embedded), "llava-1.5-7b", "llava-1.5-13b", "video-llava-7b", a hub id or a local folder.
+        dtype: "float32", "float16", "bfloat16", "auto" (the checkpoint's) or a torch dtype; None = float32 on the CPU,
+            the checkpoint's elsewhere.
+        device: where to put the model.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", ... as transformers names them.
+        revision: branch, tag or commit of a hub repository.
+        prompt: "hub" (the checkpoint's chat template) or "vicuna_v1" (with LLaVA's system sentence).
+        image_aspect_ratio: "crop" (the hub's centre crop) or "pad" (to a square with the mean colour).
+
+    Raises:
+        FileNotFoundError: unknown name, or files are missing.
+        ValueError: unsupported model family or weight format, damaged files, or an option that is not known here.
+        PermissionError, ConnectionError: the hub refuses or cannot be reached.
+    """
+    check_options(prompt, image_aspect_ratio)
+    device = _device(device)
+    dtype = _dtype(dtype, device)
+    folder = find_checkpoint(name, revision)
+    model_class = getattr(transformers, check_family(folder, str(name)))
+    config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    processor = Processor.from_folder(folder, config, prompt=prompt, image_aspect_ratio=image_aspect_ratio)
+    model, report = model_class.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would only warn and go on with random values
+        raise ValueError(
+            f"{str(name)!r} lacks {len(missing)} weights of {model_class.__name__} ({missing[0]}, ...): the checkpoint "
+            "is incomplete or made for another model; download it again"
+        )
+    return model.to(device).eval(), processor
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; use 'cpu', 'cuda' or 'cuda:N'") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"no device {str(device)!r}: torch sees {torch.cuda.device_count()} CUDA devices; use 'cpu'")
+    return device
+
+
+def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else "auto"
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]

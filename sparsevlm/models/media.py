@@ -1,0 +1,72 @@
+"""Pictures and videos as they come from users and datasets, made uniform; what cannot be used is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+#: Longest side over shortest; beyond it, scaling the shortest side to the model's size would take gigabytes.
+MAX_ASPECT_RATIO = 200
+
+
+def open_image(image: Image.Image | np.ndarray | str | Path, label: str) -> Image.Image:
+    """An RGB picture, decoded.
+
+    Args:
+        image: a PIL image, a file, or an array [H, W, 3] uint8.
+        label: what to call it in an error, such as "image 0 of question 3".
+
+    Raises:
+        ValueError: it cannot be decoded, is empty, or is of another kind; the message names it.
+    """
+    source = image if isinstance(image, (str, Path)) else getattr(image, "filename", "")
+    label += f" ({source})" if source else ""
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"{label} must be an array [H, W, 3] of uint8, not {list(image.shape)} of {image.dtype}")
+        if image.size == 0:
+            raise ValueError(f"{label} is empty: its shape is {list(image.shape)}")
+        image = Image.fromarray(image)
+    elif isinstance(image, (str, Path)):
+        try:
+            image = Image.open(image)
+        except Exception as error:
+            raise ValueError(f"{label} cannot be opened ({error}); replace the file or leave the sample out") from error
+    elif not isinstance(image, Image.Image):
+        raise ValueError(f"{label} must be a PIL image, a file or an array [H, W, 3], not {type(image).__name__}")
+    if min(image.size) == 0 or max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise ValueError(
+            f"{label} is {image.width} x {image.height} pixels; the sides must not be 0 nor differ by more than a "
+            f"factor of {MAX_ASPECT_RATIO}; replace the picture or leave the sample out"
+        )
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... depending on the format
+        raise ValueError(f"{label} cannot be decoded ({error}); replace the file or leave the sample out") from error
+
+
+def is_video(video) -> bool:
+    """Whether this is one video: an array [T, H, W, 3] or a list of frames (rather than a list of videos)."""
+    if isinstance(video, (list, tuple)):
+        first = video[0] if video else None
+        return first is not None and not isinstance(first, (list, tuple)) and getattr(first, "ndim", 3) == 3
+    return getattr(video, "ndim", 0) == 4
+
+
+def sample_frames(video: np.ndarray | list, frames: int, label: str) -> list[Image.Image]:
+    """`frames` RGB pictures: evenly spaced ones of a longer video (first and last included, as Video-LLaVA takes them);
+    of a shorter one all, the last repeated.
+
+    Raises:
+        ValueError: a video without frames, or a frame that cannot be used.
+    """
+    count = len(video)
+    if count == 0:
+        raise ValueError(f"{label} has no frames; replace the file or leave the sample out")
+    if count >= frames:
+        chosen = np.linspace(0, count - 1, frames, dtype=int)
+    else:
+        chosen = np.minimum(np.arange(frames), count - 1)
+    return [open_image(video[i], f"frame {i} of {label}") for i in chosen]
