@@ -1,0 +1,135 @@
+"""Builds the data of the task minivqa: questions over generated test scenes, as a parquet file.
+
+Use it with lmms-eval by overriding where the task finds its data::
+
+    from eval.tasks.minivqa.dataset import build_dataset, task_override
+
+    folder = build_dataset(seed=0, n=2000, cache_dir=cache_dir)
+    lmms_eval.evaluator.simple_evaluate(
+        model=lm,                                # a "simple" model (lm.is_simple is True), as every dict task needs
+        tasks=[task_override(folder)],
+        task_manager=TaskManager(include_path="eval/tasks/minivqa", include_defaults=False, model_name=...),
+    )
+
+lmms-eval's own command line (``--include_path eval/tasks/minivqa --tasks minivqa``) takes no override; it finds the
+default data after ``python -m eval.tasks.minivqa.dataset``.
+"""
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sparsevlm.mini import questions
+from sparsevlm.mini.scenes import SceneGenerator
+
+DEFAULT_SEED = 0
+DEFAULT_N = 2000
+#: Raise when the same seed would give other rows than before: files of the older version are then left alone.
+VERSION = 1
+FILE_NAME = "test.parquet"
+#: Where the YAML looks when nothing is overridden (ignored by git).
+DEFAULT_DIR = Path(__file__).parent / "data"
+_STREAM = 0x4D51  # keeps the task's random streams apart from the training's
+
+
+def rows(seed: int, n: int) -> Iterator[dict]:
+    """The first ``n`` questions of a seed, one picture each.
+
+    Question ``i`` has type ``TYPES[i % 8]``, so any first N are balanced over the types (to within one), and depends on
+    ``seed`` and ``i`` alone, so a smaller set is the beginning of a larger one. The digits are those of the test split.
+
+    Yields:
+        ``question_id`` (int), ``image`` (``{"bytes": PNG of 168 x 168, "path": None}``), ``question``, ``answer``,
+        ``question_type`` (str), ``target_patches`` (list of int: row-major indices on the 24 x 24 grid of the patches
+        that the objects deciding the answer cover).
+    """
+    generator = SceneGenerator("test")
+    for i in range(n):
+        rng = np.random.RandomState([_STREAM, seed, i])
+        type_ = questions.TYPES[i % len(questions.TYPES)]
+        found: list[questions.Question] = []
+        while not found:
+            scene = generator.draw(rng)
+            found = questions.candidates(scene.objects, rng)[type_]
+        question = found[rng.randint(len(found))]
+        png = io.BytesIO()
+        Image.fromarray(scene.image).save(png, format="PNG", compress_level=1)
+        yield {
+            "question_id": i,
+            "image": {"bytes": png.getvalue(), "path": None},
+            "question": question.text,
+            "answer": question.answer_text,
+            "question_type": question.type,
+            "target_patches": scene.patches_of(question.targets),
+        }
+
+
+def build_dataset(seed: int = DEFAULT_SEED, n: int = DEFAULT_N, cache_dir: str | Path = DEFAULT_DIR) -> Path:
+    """Writes the questions of :func:`rows` to ``<cache_dir>/v<VERSION>-seed<seed>-n<n>/test.parquet``.
+
+    The file appears complete or not at all; one that is there already is used as it is.
+
+    Args:
+        seed: which set of test scenes, 0 or more; equal seeds give equal rows.
+        n: number of questions, 1 or more.
+        cache_dir: where the folder goes; made if missing.
+
+    Returns:
+        The folder that holds ``test.parquet``.
+
+    Raises:
+        ValueError: ``seed`` or ``n`` out of range.
+        OSError: the folder cannot be written.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"minivqa: the seed must be between 0 and 2**32 - 1, got {seed}")
+    if n < 1:
+        raise ValueError(f"minivqa: the number of questions must be at least 1, got {n}")
+    folder = Path(cache_dir) / f"v{VERSION}-seed{seed}-n{n}"
+    target = folder / FILE_NAME
+    if target.is_file():
+        return folder
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    features = Features(
+        question_id=Value("int64"),
+        image=ImageFeature(),
+        question=Value("string"),
+        answer=Value("string"),
+        question_type=Value("string"),
+        target_patches=List(Value("int32")),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    data = Dataset.from_list(list(rows(seed, n)), features=features)
+    handle, draft = tempfile.mkstemp(prefix=".", suffix=".parquet", dir=folder)
+    os.close(handle)
+    try:
+        data.to_parquet(draft, batch_size=100)
+        os.chmod(draft, 0o644)
+        os.replace(draft, target)
+    finally:
+        Path(draft).unlink(missing_ok=True)
+    return folder
+
+
+def task_override(folder: str | Path) -> dict:
+    """The entry for lmms-eval's ``tasks=[...]`` that runs minivqa on the data in ``folder`` (of :func:`build_dataset`).
+
+    Raises:
+        FileNotFoundError: no data there.
+    """
+    file = Path(folder).resolve() / FILE_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"minivqa: no {file}; call build_dataset first")
+    return {"task": "minivqa", "dataset_kwargs": {"data_files": {"test": str(file)}}}
+
+
+if __name__ == "__main__":
+    # for lmms-eval's own command line, which reads the path in minivqa.yaml
+    print(build_dataset())
