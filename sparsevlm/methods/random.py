@@ -44,7 +44,7 @@ class Random(Method):
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
         tail = prefill.tail
         text = embeddings[:, embeddings.shape[1] - tail :].contiguous()
-        words = text.view(_BITS[text.element_size()]).long().sum(-1)  # [B, tail]
+        words = torch.view_copy(text, dtype=_BITS[text.element_size()]).long().sum(-1)  # view breaks tracers
         place = torch.arange(tail, 0, -1, device=text.device)
         mixed = _mix(words + place * 0x9E3779B9)
         if prefill.text_valid is not None:

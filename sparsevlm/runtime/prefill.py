@@ -217,7 +217,7 @@ class Prefill:
         key.scatter_(1, rows, place)
         hidden = hidden.scatter(1, rows[..., None].expand_as(states), states)
         merged_at = torch.zeros_like(self.visual_flag)
-        return key, hidden, merged_at.scatter_(1, rows, True if real is None else real)
+        return key, hidden, merged_at.scatter_(1, rows, 1 if real is None else real)  # 1: tracers know no bool here
 
     def _align_text(self) -> None:
         """After the first gather right padding has moved to the left, and the text to the right by as much."""
