@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from sparsevlm.models.checkpoint import check_family, find_checkpoint
+from sparsevlm.models.checkpoint import EMBEDDED, check_family, find_checkpoint
 from sparsevlm.models.processor import Processor, check_options
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,15 +53,16 @@ def load(
     model_class = getattr(transformers, check_family(folder, str(name)))
     config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     processor = Processor.from_folder(folder, config, prompt=prompt, image_aspect_ratio=image_aspect_ratio)
-    model, report = model_class.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    with _no_progress_bar() if name in EMBEDDED else nullcontext():
+        model, report = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would only warn and go on with random values
         raise ValueError(
@@ -67,6 +70,18 @@ def load(
             "is incomplete or made for another model; download it again"
         )
     return model.to(device).eval(), processor
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """The embedded models load in milliseconds; transformers' bar would only be noise."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _device(device: str | torch.device) -> torch.device:
