@@ -76,10 +76,13 @@ def seen_tokens(cache) -> int:
 
 
 def report_seen_tokens(cache) -> None:
-    """Let `cache.get_seq_length()` count dropped input tokens, so that generate() slices inputs and numbers right."""
+    """Let `cache.get_seq_length()` count dropped input tokens, so that generate() slices inputs and numbers right.
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return seen_tokens(self) if layer_idx == 0 else type(self).get_seq_length(self, layer_idx)
+    Asked for a layer by number, as the mask functions do, it still says what that layer holds.
+    """
+
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        return seen_tokens(self) if layer_idx is None else type(self).get_seq_length(self, layer_idx)
 
     cache.get_seq_length = types.MethodType(get_seq_length, cache)
 

@@ -154,7 +154,10 @@ class Hooks:
         if visual is None:
             return
         past = seen_tokens(cache)
-        key_mask = padding_from(self.mask if isinstance(self.mask, Tensor) else kwargs["attention_mask"], past, length)
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 2:
+            key_mask = padding_from(self.mask, past, length)
+        else:  # none, or made for layer 0's cache
+            key_mask = padding_from(kwargs["attention_mask"], cached_length(cache, 0), length)
         limit = None
         if self.prompt_length is not None and self.prompt_length > past:
             limit = min(self.prompt_length - past, length)

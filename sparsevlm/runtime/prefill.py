@@ -62,6 +62,7 @@ class Prefill:
         self.method, self.family, self.prompt, self.cache = method, family, prompt, cache
         self.device = device = hidden.device
         self.batch, self.length = hidden.shape[:2]
+        self.tail = prompt.tail  # number of last positions among which the text after the last visual token lies
         self.tokens = prompt.real.sum(1).tolist()
         self.n_visual = prompt.counts
         self.schedules = [
@@ -89,11 +90,6 @@ class Prefill:
         method.begin(self, hidden)
 
     # ---- for methods -----------------------------------------------------------------------------------------------
-    @property
-    def tail(self) -> int:
-        """Number of last positions among which the text after the last visual token lies."""
-        return self.prompt.tail
-
     def set_raters(self, raters: Tensor) -> None:
         """Declare the raters, [B, tail] bool over the last `tail` tokens; `weights` average over them."""
         self.raters = raters
@@ -119,6 +115,8 @@ class Prefill:
             self._begin_segment(layer, hidden)
         if layer in self.points:
             self.pending = self._decide(layer, hidden)
+            if torch.is_grad_enabled():
+                self.computed_keys = None  # made without a graph: let the layer compute its own
         return hidden
 
     def _decide(self, layer: int, hidden: Tensor) -> Decision | None:
@@ -221,10 +219,14 @@ class Prefill:
 
     def _align_text(self) -> None:
         """After the first gather right padding has moved to the left, and the text to the right by as much."""
-        if self.weights is None or not any(self.prompt.trailing):
+        if not any(self.prompt.trailing):
             return
-        index = torch.arange(self.tail, device=self.weights.device) - self._column(self.prompt.trailing)
-        self.weights = self.weights.gather(1, index.clamp(min=0)).masked_fill(index < 0, 0)
+        tail, self.tail = self.tail, self.prompt.aligned_tail
+        index = torch.arange(tail - self.tail, tail, device=self.device) - self._column(self.prompt.trailing)
+        for name in ("weights", "text_valid"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, value.gather(1, index.clamp(min=0)).masked_fill(index < 0, 0))
 
     def _begin_segment(self, layer: int, hidden: Tensor) -> None:
         """From `layer` on the caches hold the current rows: masks and positions for its layers, state on the cache."""

@@ -43,6 +43,13 @@ class Prompt:
         """Padding after the last real token, per sample (right-padded batches)."""
         return np.argmax(self.real[:, ::-1], axis=1).tolist()
 
+    @property
+    def aligned_tail(self) -> int:
+        """`tail` once padding is on the left only."""
+        last = np.where(self.visual, np.arange(self.length), -1).max(1)
+        rows = last >= 0
+        return int((self.length - 1 - last - np.array(self.trailing))[rows].max())
+
     def index(self, width: int) -> np.ndarray:
         """[B, width] int64: positions of the tokens that may be dropped, padded with other, distinct positions."""
         return np.argsort(~self.visual, axis=1, kind="stable")[:, :width]
@@ -55,7 +62,7 @@ def read_prompt(
 
     Args:
         visual: [B, L] bool.
-        key_mask: [B, past + L] bool, None = no padding.
+        key_mask: [B, cached + L] bool, None = no padding.
         past: tokens cached before this call.
         limit: number of tokens of this call that belong to the prompt, None = all. What follows (candidates of
             assisted decoding, generated tokens without a cache) neither rates nor is visual.
@@ -66,13 +73,13 @@ def read_prompt(
     """
     batch, length = visual.shape
     if key_mask is None or key_mask.device.type == "meta":
-        host, mask = visual.cpu().numpy(), np.ones((batch, past + length), bool)
+        host, mask = visual.cpu().numpy(), np.ones((batch, length), bool)
     elif key_mask.device == visual.device:
         both = torch.cat([visual, key_mask], 1).cpu().numpy()
         host, mask = both[:, :length], both[:, length:]
     else:
         host, mask = visual.cpu().numpy(), key_mask.cpu().numpy()
-    real = mask[:, past:]
+    real = mask[:, -length:]
     host = host & real
     if limit is not None:
         host = host & (np.arange(length) < limit)

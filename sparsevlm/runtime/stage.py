@@ -42,14 +42,18 @@ class Stage:
     def attention(self, tail: int) -> Tensor:
         """[B, H, tail, S] float32: the softmaxed attention of the last `tail` tokens to all keys of this layer.
 
-        The layer's own norm and projections are used; its keys are handed to the layer, which does not compute them
-        again. S counts the tokens of earlier turns, too.
+        The layer's own norm and projections are used; unless gradients are recorded, its keys are handed to the layer,
+        which does not compute them again. S counts the tokens of earlier turns, too.
         """
+        with torch.no_grad():
+            return self._attention(tail)
+
+    def _attention(self, tail: int) -> Tensor:
         p = self.prefill
         family, attention = p.family, p.family.decoder.layers[self.layer].self_attn
         normed = p.family.decoder.layers[self.layer].input_layernorm(self.hidden)
         raw = attention.k_proj(normed)
-        p.keys_for_layer = (self.layer, raw)
+        p.computed_keys = (self.layer, raw)
         query = self._heads(attention.q_proj(normed[:, -tail:]), attention, "q_norm")
         key = self._heads(raw, attention, "k_norm")
         cos, sin = p.rope
