@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsevlm.budget import Schedule, check_budget
 
@@ -38,6 +39,7 @@ class Method:
     positions = "original"  # position ids of survivors: their own, or "renumber" to 0 ... n - 1
     recycled_at = "end"  # merged tokens come after the kept visual ones, or take the place of their "centre"
     needs_text: ClassVar[bool] = False  # tokens are rated by text after the image; a prompt without it stays whole
+    scores_next: ClassVar[bool] = False  # score a stage with the norm and projections of the layer after it
     adaptive: ClassVar[bool] = False  # counts depend on the picture: the host must wait for the device at each stage
 
     def __post_init__(self) -> None:
@@ -62,6 +64,10 @@ class Method:
     # ---- what the runtime asks -------------------------------------------------------------------------------------
     def check(self, family: Family) -> None:
         """Called on installation. Raises ValueError if the method cannot work on this model."""
+
+    def hooks(self, family: Family) -> list[RemovableHandle]:
+        """Further hooks of a method that acts before the language model (vision tower, projector); removed with ours."""
+        return []
 
     def plan(self, n_visual: int, n_layers: int) -> Schedule:
         """The schedule for a prompt; by default nothing is dropped.

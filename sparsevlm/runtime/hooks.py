@@ -76,6 +76,7 @@ class Hooks:
             keep(layer.register_forward_pre_hook(functools.partial(self._on_layer, i), with_kwargs=True))
             keep(layer.self_attn.k_proj.register_forward_pre_hook(functools.partial(self._skip_keys, i)))
             keep(layer.self_attn.k_proj.register_forward_hook(functools.partial(self._give_keys, i)))
+        self.handles += self.method.hooks(family)
         if hasattr(self.model, "generate"):
             self._wrap_generate()
 

@@ -107,21 +107,22 @@ class Prefill:
         if hidden.device != self.device:
             self._to(hidden.device)
         decision, self.pending = self.pending, None
-        if layer == 0 and -1 in self.points:
-            decision = self._decide(-1, hidden)
+        if layer - 1 in self.points and (layer == 0 or self.method.scores_next):
+            decision = self._decide(layer - 1, layer, hidden)
+            self.computed_keys = None  # of rows that are about to be dropped
         if decision is not None:
             hidden = self._apply(decision, hidden)
         elif self.cache is not None and state_of(self.cache).starts_own_masks(layer):  # an earlier turn was pruned here
             self._begin_segment(layer, hidden)
-        if layer in self.points:
-            self.pending = self._decide(layer, hidden)
+        if layer in self.points and not self.method.scores_next:
+            self.pending = self._decide(layer, layer, hidden)
             if torch.is_grad_enabled():
                 self.computed_keys = None  # made without a graph: let the layer compute its own
         return hidden
 
-    def _decide(self, layer: int, hidden: Tensor) -> Decision | None:
+    def _decide(self, layer: int, module: int, hidden: Tensor) -> Decision | None:
         """Score and select at one pruning point; None if nothing is dropped there."""
-        stage = Stage(self, layer, hidden, list(self.n_visual), self.visual_index, self.visual_valid)
+        stage = Stage(self, layer, module, hidden, list(self.n_visual), self.visual_index, self.visual_valid)
         keep = None if self.method.adaptive else self.method.keep_counts(stage)
         scores = order = None
         if keep != stage.n_visual:

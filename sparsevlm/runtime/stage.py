@@ -22,7 +22,8 @@ class Stage:
     Attributes:
         prefill: the prompt it belongs to.
         layer: 0-based layer on whose output pruning acts; -1 = at the language model's input.
-        hidden: [B, L, D] states: the layer's *input* (for layer -1 the input embeddings).
+        module: layer whose norm and projections `attention` uses: `layer` itself, or the one after it.
+        hidden: [B, L, D] states that enter `module` (for layer -1 the input embeddings).
         n_visual: visual tokens that enter, per sample.
         visual_index: [B, V] int64, their positions in `hidden`, V = the largest count.
         visual_valid: [B, V] bool, None = all.
@@ -30,6 +31,7 @@ class Stage:
 
     prefill: Prefill
     layer: int
+    module: int
     hidden: Tensor
     n_visual: list[int]
     visual_index: Tensor
@@ -40,7 +42,7 @@ class Stage:
         return take(self.hidden, self.visual_index)
 
     def attention(self, tail: int) -> Tensor:
-        """[B, H, tail, S] float32: the softmaxed attention of the last `tail` tokens to all keys of this layer.
+        """[B, H, tail, S] float32: the softmaxed attention of the last `tail` tokens to all keys of `module`.
 
         The layer's own norm and projections are used; unless gradients are recorded, its keys are handed to the layer,
         which does not compute them again. S counts the tokens of earlier turns, too.
@@ -50,10 +52,10 @@ class Stage:
 
     def _attention(self, tail: int) -> Tensor:
         p = self.prefill
-        family, attention = p.family, p.family.decoder.layers[self.layer].self_attn
-        normed = p.family.decoder.layers[self.layer].input_layernorm(self.hidden)
+        family, attention = p.family, p.family.decoder.layers[self.module].self_attn
+        normed = p.family.decoder.layers[self.module].input_layernorm(self.hidden)
         raw = attention.k_proj(normed)
-        p.computed_keys = (self.layer, raw)
+        p.computed_keys = (self.module, raw)
         query = self._heads(attention.q_proj(normed[:, -tail:]), attention, "q_norm")
         key = self._heads(raw, attention, "k_norm")
         cos, sin = p.rope
@@ -61,11 +63,11 @@ class Stage:
         cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
         query = family.rotate(query, query[:, :1], cos[:, -tail:], sin[:, -tail:])[0]
         key = family.rotate(key[:, :1], key, cos, sin)[1]
-        earlier = p.cached_keys(self.layer)
+        earlier = p.cached_keys(self.module)
         if earlier is not None:
             key = torch.cat([earlier, key], 2)
         mask = p.key_mask if p.key_mask is None else p.key_mask[:, -key.shape[2] :]
-        return attention_rows(query, key, attention.scaling, mask, family.window(self.layer))
+        return attention_rows(query, key, attention.scaling, mask, family.window(self.module))
 
     def visual_columns(self, rows: Tensor) -> Tensor:
         """Columns [..., V] of the visual tokens of [B, ..., S] attention rows."""
