@@ -1,0 +1,74 @@
+"""How every figure looks: column width (3.4 in), colours safe for the colour-blind, markers that survive grey print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+COLUMN_INCHES = 3.4
+RC = {
+    "figure.dpi": 150,
+    "savefig.dpi": 300,
+    "font.size": 8,
+    "axes.labelsize": 8,
+    "axes.titlesize": 8,
+    "legend.fontsize": 7,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.linewidth": 0.4,
+    "grid.color": "#dddddd",
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4.5,
+    "pdf.fonttype": 42,  # editable text in the PDF
+    "svg.hashsalt": "sparsevlm",
+}
+UNPRUNED = {"color": "#333333", "label": "unpruned"}
+
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), without its yellow, which vanishes on white.
+_COLOURS = ["#0072B2", "#D55E00", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#000000"]
+_MARKERS = ["o", "X", "s", "^", "D", "v", "P"]
+_LINES = ["-", ":", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))]
+# A method keeps its look in every figure, whichever others are drawn beside it.
+_ORDER = ["sparsevlm", "random", "sparsevlm (raters=all)", "fastv", "pyramiddrop", "visionzip", "tome"]
+
+
+def looks(labels: list[str]) -> dict[str, dict]:
+    """Keyword arguments of `Axes.errorbar` per line, the same for a label in every figure that knows it.
+
+    Labels beyond the known ones take the looks that are left, in the order given, and then start over.
+    """
+    known = [label for label in _ORDER if label in labels]
+    free = [i for i, label in enumerate(_ORDER) if label not in known] or list(range(len(_ORDER)))
+    index = {label: _ORDER.index(label) for label in known}
+    for i, label in enumerate(label for label in labels if label not in index):
+        index[label] = free[i % len(free)]
+    return {
+        label: {"color": _COLOURS[i], "marker": _MARKERS[i], "linestyle": _LINES[i], "label": label}
+        for label, i in index.items()
+    }
+
+
+def figure(height: float = 2.3, width: float = COLUMN_INCHES, rows: int = 1, columns: int = 1):
+    """A figure and its axes, in the common style; sizes in inches. Made without pyplot, so no display is needed."""
+    with rc_context(RC):
+        fig = Figure(figsize=(width, height), layout="constrained")
+        return fig, fig.subplots(rows, columns)
+
+
+def save(fig: Figure, folder: Path, name: str) -> list[Path]:
+    """Write `<name>.png` and `<name>.pdf` and return both paths.
+
+    The files carry no date, so that equal results give equal files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
+    with rc_context(RC):
+        fig.savefig(paths[0], metadata={"Software": None})
+        fig.savefig(paths[1], metadata={"CreationDate": None})
+    return paths

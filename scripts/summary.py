@@ -1,0 +1,145 @@
+"""From a group of runs to one frame of numbers, which tables and figures share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pandas as pd
+
+from eval.stats import paired_difference
+from scripts.runs import LATENCY, Group, Run, setting_key
+from sparsevlm.methods import method_class
+
+UNPRUNED = "none"
+_FIRST = (UNPRUNED, "random")  # then the others by name
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One group in numbers.
+
+    Attributes:
+        group: the runs.
+        metric: which of their metrics.
+        percent: whether the metric is a share, shown in %; else its own unit is.
+        frame: one row per method and budget, also of settings that were not run (NaN everywhere). `method` is the name
+            with options that are not defaults, `budget` is an int, "full" or "explicit". `value`, `low`, `high` (95 %),
+            `difference` to the unpruned run with `difference_low` and `difference_high` (paired), `retained` in %,
+            `entering`, `leaving`, `prefill_gmacs`, `prefill_ms` and `prefill_ratio` with `_q25` and `_q75`, `run`.
+        latency: the latency run that the times are from, or None.
+    """
+
+    group: Group
+    metric: str
+    percent: bool
+    frame: pd.DataFrame
+    latency: Run | None
+
+
+def label(method: str, options: dict) -> str:
+    """Name of a method with those of its options that are not the defaults: "sparsevlm (raters=all)"."""
+    try:
+        defaults = {f.name: f.default for f in fields(method_class(method))}
+    except ValueError:  # a method of another version of this project
+        defaults = {}
+    changed = [f"{k}={_plain(v)}" for k, v in options.items() if k not in defaults or v != defaults[k]]
+    return f"{method} ({', '.join(changed)})" if changed else method
+
+
+def _plain(value) -> str:
+    return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def summarise(group: Group, runs: Iterable[Run], metric: str | None = None) -> Summary:
+    """Numbers of a group.
+
+    Args:
+        group: from `runs.accuracy_groups`.
+        runs: all runs; among them the latency run is chosen that covers most of the group's settings, of several the
+            newest.
+        metric: which metric; default: "accuracy", or else the first one.
+
+    Raises:
+        ValueError: a run does not have the metric; the message lists what it has.
+    """
+    known = group.runs[0].metrics["metrics"]
+    metric = metric or ("accuracy" if "accuracy" in known else next(iter(known)))
+    for run in group.runs:
+        if metric not in run.metrics["metrics"]:
+            have = ", ".join(run.metrics["metrics"])
+            raise ValueError(f"{run.folder} has no metric {metric!r}; it has {have}")
+    entries = [run.metrics["metrics"][metric] for run in group.runs]
+    percent = all(0 <= x <= 1 for e in entries for x in [e["value"], *(e["ci95"] or [])])
+    latency = _latency_run(group, runs)
+    rows = [_row(run, group.unpruned, metric, 100.0 if percent else 1.0, latency) for run in group.runs]
+    return Summary(group, metric, percent, _with_gaps(pd.DataFrame(rows)), latency)
+
+
+def _latency_run(group: Group, runs: Iterable[Run]) -> Run | None:
+    settings = {run.setting for run in group.runs}
+    candidates = [r for r in runs if r.task == LATENCY and r.model == group.model]
+    rated = [(len(settings & set(_latency_rows(r))), r.metrics["date"], r.folder.name, r) for r in candidates]
+    rated = [entry for entry in rated if entry[0]]
+    return max(rated, key=lambda entry: entry[:3])[3] if rated else None
+
+
+def _latency_rows(run: Run) -> dict[str, dict]:
+    return {setting_key(r["method"], r["options"], r["budget"]): r for r in run.metrics["rows"]}
+
+
+def _row(run: Run, unpruned: Run | None, metric: str, scale: float, latency: Run | None) -> dict:
+    m = run.metrics
+    value, interval = m["metrics"][metric]["value"], m["metrics"][metric]["ci95"]
+    low, high = interval or (np.nan, np.nan)
+    row = {
+        "method": label(m["method"], m["options"]),
+        "budget": m["budget"],
+        "entering": m["tokens"]["entering"],
+        "leaving": m["tokens"]["leaving"],
+        "value": scale * value,
+        "low": scale * low,
+        "high": scale * high,
+        "prefill_gmacs": m["cost"].get("prefill_gmacs"),
+        "run": run.folder.name,
+    }
+    if unpruned is not None:
+        reference = unpruned.metrics["metrics"][metric]["value"]
+        row["retained"] = 100 * value / reference if reference else np.nan
+        row["difference"] = scale * (value - reference)
+        if interval is not None:
+            spread = paired_difference(run.scores(metric), unpruned.scores(metric))
+            row["difference_low"], row["difference_high"] = scale * spread[1], scale * spread[2]
+    timed = _latency_rows(latency).get(run.setting) if latency is not None else None
+    for name in ("prefill_ms", "prefill_ratio"):
+        for key, suffix in (("median", ""), ("q25", "_q25"), ("q75", "_q75")):
+            row[name + suffix] = timed[name][key] if timed is not None else np.nan
+    return row
+
+
+_COLUMNS = [
+    "method", "budget", "entering", "leaving", "value", "low", "high", "difference", "difference_low",
+    "difference_high", "retained", "prefill_gmacs", "prefill_ms", "prefill_ms_q25", "prefill_ms_q75", "prefill_ratio",
+    "prefill_ratio_q25", "prefill_ratio_q75", "run",
+]  # fmt: skip
+
+
+def _with_gaps(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sorted rows, with an empty one for each budget that some method was run at and this one was not."""
+    frame = frame.reindex(columns=_COLUMNS)
+    budgets = sorted({b for b in frame["budget"] if isinstance(b, int)}, reverse=True)
+    have = set(zip(frame["method"], frame["budget"], strict=True))
+    with_budget = {m for m, b in have if isinstance(b, int)}
+    gaps = [{"method": m, "budget": b} for m in with_budget for b in budgets if (m, b) not in have]
+    if UNPRUNED not in set(frame["method"]):
+        gaps.append({"method": UNPRUNED, "budget": "full"})
+    frame = pd.concat([frame, pd.DataFrame(gaps, columns=["method", "budget"])], ignore_index=True)
+    order = sorted(frame.index, key=lambda i: _place(frame["method"][i], frame["budget"][i]))
+    return frame.loc[order].reset_index(drop=True)
+
+
+def _place(method: str, budget: int | str) -> tuple:
+    name = method.split(" ")[0]
+    first = _FIRST.index(name) if name in _FIRST else len(_FIRST)
+    return first, method, -budget if isinstance(budget, int) else -(10**9)
