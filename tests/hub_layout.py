@@ -10,12 +10,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import sparsevlm  # noqa: F401  # isort: skip  - before transformers: makes it importable beside any torchvision
+
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import sparsevlm  # noqa: F401  (makes transformers importable beside any torchvision)
-from transformers import LlavaConfig, LlavaForConditionalGeneration, VideoLlavaConfig, VideoLlavaForConditionalGeneration
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
 
 TEXT_TOKENS = 448  # 32000 in the real ones
 VOCABULARY = 512  # 32064 in the real ones

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 #: Longest side over shortest; beyond it, scaling the shortest side to the model's size would take gigabytes.
 MAX_ASPECT_RATIO = 200
@@ -41,10 +41,14 @@ def open_image(image: Image.Image | np.ndarray | str | Path, label: str) -> Imag
             f"{label} is {image.width} x {image.height} pixels; the sides must not be 0 nor differ by more than a "
             f"factor of {MAX_ASPECT_RATIO}; replace the picture or leave the sample out"
         )
+    # lmms-eval makes Pillow fill up truncated files with grey: half a picture would pass for a whole one
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error ... depending on the format
         raise ValueError(f"{label} cannot be decoded ({error}); replace the file or leave the sample out") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def is_video(video) -> bool:

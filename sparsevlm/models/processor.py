@@ -95,12 +95,14 @@ class Processor:
             ValueError: settings that do not fit the model or each other, or unknown options.
         """
         check_options(options.get("prompt", "hub"), options.get("image_aspect_ratio", "crop"))
-        for what, files in {
-            "tokenizer": ("tokenizer.json", "tokenizer.model"),
-            "image processor settings": ("preprocessor_config.json", "processor_config.json"),
-        }.items():
-            if not any((folder / f).is_file() for f in files):
-                raise FileNotFoundError(f"{folder} has no {what} ({' or '.join(files)}); download the checkpoint again")
+        again = "download the checkpoint again"
+        if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+            raise FileNotFoundError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); {again}")
+        nested = folder / "processor_config.json"  # newer checkpoints keep the settings for pictures in there
+        if not (folder / "preprocessor_config.json").is_file() and not (
+            nested.is_file() and "image_processor" in read_json(nested)
+        ):
+            raise FileNotFoundError(f"{folder} has no image processor settings (preprocessor_config.json); {again}")
         pad = options.get("image_aspect_ratio") == "pad"
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
         image_processor = LlavaImageProcessorPil.from_pretrained(folder, do_pad=pad, local_files_only=True)

@@ -169,7 +169,9 @@ def test_only_pickles(copy):
 
 
 def test_no_network(empty_cache):
-    with pytest.raises(ConnectionError, match=r"llava-hf/llava-1.5-7b-hf \(llava-1.5-7b\) is neither .*give its folder"):
+    with pytest.raises(
+        ConnectionError, match=r"llava-hf/llava-1.5-7b-hf \(llava-1.5-7b\) is neither .*give its folder"
+    ):
         find_checkpoint("llava-1.5-7b")
 
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import AutoTokenizer, LlavaConfig, LlavaProcessor, PreTrainedTokenizerFast, VideoLlavaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -278,10 +278,14 @@ def truncated(tmp_path):
     return path
 
 
-def test_corrupt_pictures_are_named(llava, video_llava, tmp_path):
+@pytest.mark.parametrize("lenient", [False, True])
+def test_corrupt_pictures_are_named(llava, video_llava, tmp_path, monkeypatch, lenient):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)  # importing lmms-eval makes it True
     good, path = picture(30, 30), truncated(tmp_path)
     for bad in (path, Image.open(path)):
-        with pytest.raises(ValueError, match=r"image 1 of question 1 \(.*cut.jpg\) cannot be decoded .*leave the sample"):
+        with pytest.raises(
+            ValueError, match=r"image 1 of question 1 \(.*cut.jpg\) cannot be decoded .*leave the sample"
+        ):
             llava(text=["a", "b"], images=[good, [good, bad]])
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(ValueError, match=r"image 0 of question 0 \(.*text.png\) cannot be opened"):
@@ -290,6 +294,7 @@ def test_corrupt_pictures_are_named(llava, video_llava, tmp_path):
         llava(text="a", images="nowhere.png")
     with pytest.raises(ValueError, match=r"frame 1 of video 0 of question 0 \(.*cut.jpg\) cannot be decoded"):
         video_llava(text="a", videos=[good, path])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
 
 
 @pytest.mark.parametrize(
@@ -349,15 +354,29 @@ def test_parts_of_different_checkpoints(tiny_llava_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("files", "message"),
+    ("file", "message"),
     [
-        (["tokenizer.json"], "no tokenizer .tokenizer.json or tokenizer.model."),
-        (["preprocessor_config.json", "processor_config.json"], "no image processor settings"),
+        ("tokenizer.json", "no tokenizer .tokenizer.json or tokenizer.model."),
+        ("preprocessor_config.json", "no image processor settings .preprocessor_config.json."),
     ],
 )
-def test_missing_files(tiny_llava_folder, tmp_path, files, message):
+def test_missing_files(tiny_llava_folder, tmp_path, file, message):
     copy = shutil.copytree(tiny_llava_folder, tmp_path / "copy")
-    for file in files:
-        (copy / file).unlink()
+    (copy / file).unlink()
     with pytest.raises(FileNotFoundError, match=message + ".*download the checkpoint again"):
         processor_of(copy)
+
+
+def test_files_as_transformers_5_saves_them(tiny_llava_folder, tmp_path, llava, reference):
+    shutil.copy(tiny_llava_folder / "config.json", tmp_path)
+    reference.save_pretrained(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "chat_template.jinja",
+        "config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert same(
+        processor_of(tmp_path)(text="What?", images=picture(40, 30)), llava(text="What?", images=picture(40, 30))
+    )
