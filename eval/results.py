@@ -1,0 +1,210 @@
+"""Run folders: `<results_dir>/runs/<task>__<model>__<method>__<budget>__<config hash>/`.
+
+config.yaml    the run's configuration, defaults filled in
+metrics.json   what came out (schema 1, below)
+samples.jsonl  one line per question: doc_id, question, question_type, target, answer, scores {metric: number},
+               input_tokens, output_tokens, visual, entering, leaving, seconds
+env.json       versions of all packages, hardware, commit, command, date
+
+metrics.json: schema, task, model, method, options, budget, config_hash, n, metrics {name: {value, ci95, n}} (per
+question type as "accuracy/<type>"; ci95 is null where a metric is no mean over questions), tokens {visual, entering,
+leaving} (means over questions of visual tokens: in the prompt, and per layer of the language model), time, cost (GMACs
+of one question of median length; null with a note where the method cannot be counted), seed, versions, hardware, git,
+date.
+
+A folder appears complete or not at all: until then everything is in the hidden folder `.<name>.partial` beside it, with
+the ledger from which an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from numbers import Number
+from pathlib import Path
+
+import yaml
+
+from eval import environment
+from eval.errors import UserError, one_line
+from eval.ledger import Answer
+from eval.settings import Run
+from eval.stats import bootstrap_ci
+
+SCHEMA = 1
+_NEEDED_BYTES = 64 << 20
+_LEDGER = "ledger.jsonl"
+
+
+class RunFolder:
+    """Where one run's results go.
+
+    Attributes:
+        path: the finished folder.
+        partial: the hidden folder of an unfinished run.
+    """
+
+    def __init__(self, results_dir: Path, run_id: str) -> None:
+        self.path = results_dir / "runs" / run_id
+        self.partial = self.path.with_name(f".{run_id}.partial")
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "metrics.json").is_file()
+
+    @property
+    def ledger(self) -> Path:
+        return self.partial / _LEDGER
+
+    def answers_kept(self) -> int:
+        """How many answers an unfinished run has on disk."""
+        return self.ledger.read_bytes().count(b"\n") if self.ledger.is_file() else 0
+
+    def open(self) -> None:
+        """Make the partial folder and see that results can be written, before hours are spent on them.
+
+        Raises:
+            UserError: no permission, no space, or something else is in the folder's place.
+        """
+        runs = self.path.parent
+        if self.path.exists():
+            raise UserError(f"{self.path} exists and is not a finished run; move it away")
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.partial), tempfile.TemporaryFile(dir=runs):
+                free = shutil.disk_usage(self.partial).free
+        except OSError as error:
+            reason = error.strerror or one_line(error)
+            raise UserError(f"cannot write results to {runs}: {reason}; set results_dir to a folder you own") from error
+        if free < _NEEDED_BYTES:
+            raise UserError(f"only {free >> 20} MB are free in {runs}; make room or set results_dir to another disk")
+
+    def publish(self, files: Mapping[str, str]) -> None:
+        """Write the files and give the folder its name, in one step."""
+        for name, content in files.items():
+            with open(self.partial / name, "w", encoding="utf-8") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        os.rename(self.partial, self.path)  # fails if a folder came there meanwhile: nothing is overwritten
+        (self.path / _LEDGER).unlink(missing_ok=True)
+
+
+def files(run: Run, samples: Sequence[Mapping], aggregated: Mapping, answers: Sequence[Answer], command: str) -> dict:
+    """The contents of a run folder.
+
+    Args:
+        samples: lmms-eval's sample records, one per question.
+        aggregated: lmms-eval's results of the task, "<metric>,<filter>" -> value.
+        answers: in the order of the samples.
+    """
+    types = {str(s["doc"].get("question_type")) for s in samples}
+    found = {_typed(k, types): _summary(k, value, samples) for k, value in _metrics(aggregated).items()}
+    about = {"versions": environment.versions(), "hardware": environment.hardware(), "git": environment.git()}
+    about["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    seconds = sum(a.seconds for a in answers)
+    metrics = {
+        "schema": SCHEMA,
+        "task": run.task.name,
+        "model": run.model.name,
+        "method": run.method.name,
+        "options": run.options,
+        "budget": run.budget,
+        "config_hash": run.config_hash(),
+        "n": len(samples),
+        "metrics": found,
+        "tokens": {k: statistics.fmean(getattr(a, k) for a in answers) for k in ("visual", "entering", "leaving")},
+        "time": {
+            "generate_s": seconds,
+            "samples_per_s": len(answers) / seconds,
+            "note": f"throughput of the evaluation in batches of {run.batch_size}, pictures and prompts included; "
+            "it is not latency",
+        },
+        "cost": cost(run, answers),
+        "seed": run.task.seed,
+        **about,
+    }
+    lines = [_sample_line(s, a, found) for s, a in zip(samples, answers, strict=True)]
+    return {
+        "config.yaml": yaml.safe_dump(_configuration(run), sort_keys=False),
+        "samples.jsonl": "".join(lines),
+        "env.json": _json({"command": command, **about, "packages": environment.packages()}),
+        "metrics.json": _json(metrics),
+    }
+
+
+def cost(run: Run, answers: Sequence[Answer]) -> dict:
+    """GMACs (1 MAC = 2 FLOPs) of one question with the median number of text tokens, at batch 1."""
+    from sparsevlm.cost.flops import count
+
+    text = statistics.median_low(a.input_tokens - a.visual for a in answers)
+    parts = {"prefill": "llm_prefill", "vision": "vision", "projector": "projector", "decode": "decode"}
+    keys = {p: f"{p}_gmacs" + ("_per_token" if p == "decode" else "") for p in parts}
+    budget = None if run.budget == "explicit" else run.budget
+    try:
+        counted = count(str(run.checkpoint), run.method.name, budget, text, **run.options)
+    except ValueError as error:  # kept counts that depend on the picture
+        return {"text_tokens": text, **dict.fromkeys(keys.values()), "note": one_line(error)}
+    return {"text_tokens": text, **{keys[p]: counted[name] for p, name in parts.items()}}
+
+
+def _metrics(aggregated: Mapping) -> dict[str, float]:
+    """lmms-eval's "<metric>,<filter>" -> value, without its standard errors."""
+    return {
+        key.split(",")[0]: value
+        for key, value in aggregated.items()
+        if "," in key and isinstance(value, Number) and not key.split(",")[0].endswith(("_stderr", "_stderr_clt"))
+    }
+
+
+def _summary(name: str, value: float, samples: Sequence[Mapping]) -> dict:
+    """A metric with its interval, if it is the mean of a number per question."""
+    scores = [s[name] for s in samples if name in s]
+    if scores and all(isinstance(x, Number) for x in scores):
+        mean, low, high = bootstrap_ci(scores)
+        if abs(mean - value) < 1e-9:
+            return {"value": value, "ci95": [low, high], "n": len(scores)}
+    return {"value": value, "ci95": None, "n": len(scores)}
+
+
+def _typed(name: str, question_types: set[str]) -> str:
+    """accuracy_beside -> accuracy/beside, if beside is a type of question."""
+    metric, _, kind = name.partition("_")
+    return f"{metric}/{kind}" if kind in question_types else name
+
+
+def _sample_line(sample: Mapping, answer: Answer, metrics: Mapping) -> str:
+    line = {
+        "doc_id": sample["doc_id"],
+        "question": answer.prompt,
+        "question_type": sample["doc"].get("question_type"),
+        "target": sample["target"],
+        "answer": answer.text,
+        "scores": {m: sample[m] for m in metrics if isinstance(sample.get(m), Number)},
+    }
+    rest = ("input_tokens", "output_tokens", "visual", "entering", "leaving", "seconds")
+    return json.dumps({**line, **{k: getattr(answer, k) for k in rest}}, ensure_ascii=False) + "\n"
+
+
+def _configuration(run: Run) -> dict:
+    """In the shape of configs/config.yaml, so that every key can be given on the command line again."""
+    plain = json.loads(json.dumps(run.options))  # tuples -> lists
+    return {
+        "model": asdict(run.model),
+        "method": {"name": run.method.name, **plain},
+        "budget": None if run.budget == "explicit" else run.budget,
+        "task": asdict(run.task),
+        "limit": run.limit,
+        "max_new_tokens": run.max_new_tokens,
+        "batch_size": run.batch_size,
+    }
+
+
+def _json(content: Mapping) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,207 @@
+"""What one run is: a checked, normalised configuration, its hash, and the name of its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+import sparsevlm
+from eval.errors import UserError, one_line, unknown
+from eval.tasks import TASKS
+from sparsevlm.budget import check_budget
+from sparsevlm.methods.base import Method
+from sparsevlm.models.checkpoint import find_checkpoint
+from sparsevlm.models.loading import DTYPES
+from sparsevlm.models.processor import check_options, n_visual_tokens
+
+_TOP = ("model", "method", "budget", "task", "limit", "max_new_tokens", "batch_size", "results_dir")
+_WHOLE_FILE_BYTES = 64 << 20  # larger files are fingerprinted by samples
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Config group `model`. All but `name` are keywords of `sparsevlm.load`; `device` may also be "auto"."""
+
+    name: str
+    pretrained: str
+    revision: str | None
+    dtype: str | None
+    device: str
+    attn_implementation: str
+    prompt: str
+    image_aspect_ratio: str
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Config group `task`. `seed`: which set of test scenes, for generated tasks."""
+
+    name: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, ready to be executed.
+
+    Attributes:
+        method: built, with its budget.
+        budget: as in the folder's name: an int, "full", or "explicit" where the method's own options say how many
+            tokens stay.
+        limit: number of questions; None = all of the task.
+        max_new_tokens: None = as the task says.
+        checkpoint: folder of the model's files.
+        n_visual: visual tokens of one picture.
+    """
+
+    model: ModelSettings
+    task: TaskSettings
+    method: Method
+    budget: int | str
+    limit: int | None
+    max_new_tokens: int | None
+    batch_size: int
+    results_dir: Path
+    checkpoint: Path
+    n_visual: int
+
+    @property
+    def options(self) -> dict:
+        """The method's options, all of them, without the budget."""
+        return {k: v for k, v in asdict(self.method).items() if k != "budget"}
+
+    def identity(self) -> dict:
+        """Everything that changes the numbers, and nothing else (not the batch size, the device, or the folder)."""
+        task = TASKS[self.task.name]
+        return {
+            "task": {**asdict(self.task), "version": task.version, "limit": task.questions(self.limit)},
+            "model": {
+                "name": self.model.name,
+                "weights": fingerprint(self.checkpoint),
+                **{k: getattr(self.model, k) for k in ("dtype", "attn_implementation", "prompt", "image_aspect_ratio")},
+            },
+            "method": {"name": self.method.name, **self.options},
+            "budget": self.budget,
+            "generation": {"max_new_tokens": self.max_new_tokens},
+        }
+
+    def config_hash(self) -> str:
+        """8 hexadecimal digits of :meth:`identity`."""
+        text = json.dumps(self.identity(), sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def run_id(self) -> str:
+        parts = (self.task.name, self.model.name, self.method.name, self.budget, self.config_hash())
+        return "__".join(map(str, parts))
+
+    @property
+    def label(self) -> str:
+        """For people: the method, its options that are not defaults, and the budget."""
+        defaults = {f.name: f.default for f in fields(self.method)}
+        changed = [f"{k}={v}" for k, v in self.options.items() if v != defaults[k]]
+        return " ".join([self.method.name, *changed, f"budget={self.budget}"])
+
+
+def make_run(config: Mapping) -> Run:
+    """Check a composed configuration and fill in what is left to defaults.
+
+    Args:
+        config: plain dict with the keys of configs/config.yaml.
+
+    Raises:
+        UserError: an unknown key or name, a value out of range, or a checkpoint that is not there or broken.
+    """
+    _known(config, _TOP, "")
+    model, task = _group(ModelSettings, config, "model"), _group(TaskSettings, config, "task")
+    if task.name not in TASKS:
+        raise UserError(unknown("task", task.name, TASKS))
+    _at_least(task.seed, 0, "task.seed")
+    for key in ("limit", "max_new_tokens", "batch_size"):
+        if config[key] is not None or key == "batch_size":
+            _at_least(config[key], 1, key)
+    try:
+        check_options(model.prompt, model.image_aspect_ratio)
+        model = _resolved(model)
+        checkpoint = find_checkpoint(model.pretrained, model.revision)
+        shapes = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        n_visual = n_visual_tokens(shapes)
+        method, budget = _method(config["method"], config["budget"], n_visual, shapes.get_text_config())
+    except (ValueError, OSError) as error:  # OSError: FileNotFoundError, PermissionError, ConnectionError
+        raise UserError(one_line(error)) from error
+    return Run(
+        model, task, method, budget, config["limit"], config["max_new_tokens"], config["batch_size"],
+        Path(config["results_dir"]).expanduser(), checkpoint, n_visual,
+    )  # fmt: skip
+
+
+def _method(config: Mapping, budget, n_visual: int, text_config) -> tuple[Method, int | str]:
+    """The built method and the budget's name.
+
+    Raises:
+        ValueError: whatever the method objects to, or a method that would drop nothing although nobody said so.
+    """
+    options = {k: v for k, v in config.items() if k != "name" and v is not None}
+    name = config["name"]
+    budget = check_budget(budget, n_visual)
+    if name == "none":
+        return sparsevlm.build(name, budget="full", **options), "full"
+    method = sparsevlm.build(name, budget=budget, **options)
+    schedule = method.plan(n_visual, text_config.num_hidden_layers)  # objects to what this model cannot do
+    if budget is None and not schedule.layers:
+        raise ValueError(f"method {name} drops nothing without a budget: add for example budget=192")
+    return method, "explicit" if budget is None else budget
+
+
+def _resolved(model: ModelSettings) -> ModelSettings:
+    """Fill in the device, and the type of the numbers that follows from it."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if model.device == "auto" else model.device
+    dtype = model.dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    return ModelSettings(**{**asdict(model), "device": device, "dtype": dtype})
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """16 hexadecimal digits that change with the configuration, the tokenizer or the weights of a checkpoint folder.
+
+    Of files above 64 MiB the size and 64 samples count, the header among them, so that 14 GB take a moment.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for p in checkpoint.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".model")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            if size <= _WHOLE_FILE_BYTES:
+                digest.update(file.read())
+                continue
+            for i in range(_SAMPLES):
+                file.seek(i * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _group(cls, config: Mapping, name: str):
+    keys = [f.name for f in fields(cls)]
+    _known(config[name], keys, f"{name}.")
+    missing = [k for k in keys if k not in config[name]]
+    if missing:
+        raise UserError(f"the config group {name} lacks {', '.join(missing)}: configs/{name}/*.yaml lists all keys")
+    return cls(**config[name])
+
+
+def _known(config: Mapping, keys: Iterable[str], prefix: str) -> None:
+    for key in config:
+        if key not in keys:
+            raise UserError(unknown("config key", prefix + key, [prefix + k for k in keys]))
+
+
+def _at_least(value, least: int, key: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{key}={value} must be an integer of {least} or more")
