@@ -20,6 +20,7 @@ PATCHES = 36  # visual tokens of one image of `llava()`
 TEXT = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 # eager attention softmaxes in float32, where a float64 mask value gives NaN: test it in float32
 DTYPE = {"sdpa": torch.float64, "eager": torch.float32}
+EARLY_DROP = [{"early_drop": True}, {"early_drop": False}]  # a pruning layer computes survivors only, or all rows
 SUPPRESS = [IMAGE, VIDEO, PAD]  # a random model would otherwise "say" an image
 GENERATE = dict(max_new_tokens=6, do_sample=False, suppress_tokens=SUPPRESS, return_dict_in_generate=True, output_logits=True)
 
