@@ -22,7 +22,9 @@ TEXT = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "q
 DTYPE = {"sdpa": torch.float64, "eager": torch.float32}
 EARLY_DROP = [{"early_drop": True}, {"early_drop": False}]  # a pruning layer computes survivors only, or all rows
 SUPPRESS = [IMAGE, VIDEO, PAD]  # a random model would otherwise "say" an image
-GENERATE = dict(max_new_tokens=6, do_sample=False, suppress_tokens=SUPPRESS, return_dict_in_generate=True, output_logits=True)
+GENERATE = dict(
+    max_new_tokens=6, do_sample=False, suppress_tokens=SUPPRESS, return_dict_in_generate=True, output_logits=True
+)
 
 
 def text_config(family: str = "llama", layers: int = 8, **kwargs):

@@ -1,4 +1,4 @@
-"""What a method is: a dataclass of options that plans how many tokens stay, scores them, and installs itself as hooks."""
+"""What a method is: a dataclass of options that plans how many tokens stay and scores them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Method:
 
     name: ClassVar[str] = ""
     # read by the runtime; a method may make options of them
+    early_drop = True  # a pruning layer computes only the rows that outlive it (see runtime/early.py)
     positions = "original"  # position ids of survivors: their own, or "renumber" to 0 ... n - 1
     recycled_at = "end"  # merged tokens come after the kept visual ones, or take the place of their "centre"
     needs_text: ClassVar[bool] = False  # tokens are rated by text after the image; a prompt without it stays whole
@@ -66,7 +67,7 @@ class Method:
         """Called on installation. Raises ValueError if the method cannot work on this model."""
 
     def hooks(self, family: Family) -> list[RemovableHandle]:
-        """Further hooks of a method that acts before the language model (vision tower, projector); removed with ours."""
+        """Further hooks of a method that acts in the vision tower or projector; they are removed with ours."""
         return []
 
     def plan(self, n_visual: int, n_layers: int) -> Schedule:

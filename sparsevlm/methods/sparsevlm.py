@@ -8,8 +8,9 @@
    rank-adaptive rule is the method `sparsevlm_rank`; the released code has no rank.)
 4. The better part of what is dropped is clustered and averaged into a few recycled tokens (section 3.3).
 
-The defaults are the authors' released v1.5 (= ICML) code. Where it differs from the paper the code is followed, since it
-made the numbers: see `core.raters`, `core.recycling`. Deviations from it, all without effect on its published settings:
+The defaults are the authors' released v1.5 (= ICML) code. Where it differs from the paper the code is followed, since
+it made the numbers: see `core.raters`, `core.recycling`. Deviations from it, all without effect on its published
+settings:
 - a stage that has fewer tokens than it may keep drops none (the code drops one; `always_drop=True`);
 - densities that tie are ordered by index instead of by random noise; scores are float32 in half precision;
 - with several images the raters are the text after the last one (in the code: also the tokens of the second image);
@@ -51,6 +52,11 @@ class SparseVLM(Method):
         positions: position ids of the survivors: "renumber" to 0 ... n - 1 per layer (the code) or "original".
         recycled_at: "end" of the visual tokens (the code) or the place of the cluster's "centre".
         always_drop: drop at least one token per stage, as the code does.
+        early_drop: let a pruning layer compute only the rows that outlive it: what is dropped needs no query, no
+            output projection and no MLP there, only its key and value. The result is the same (to rounding); where it
+            would not be (sliding windows, caches other than the dynamic one, FlashAttention, samples that lose
+            different numbers of tokens) the plain form runs. False: the plain form, every row of the layer computed,
+            as the authors do; `output_hidden_states` then records that layer in full length.
     """
 
     layers: Sequence[int] | None = None
@@ -62,6 +68,7 @@ class SparseVLM(Method):
     positions: str = "renumber"
     recycled_at: str = "end"
     always_drop: bool = False
+    early_drop: bool = True
 
     name: ClassVar[str] = "sparsevlm"
     needs_text: ClassVar[bool] = True

@@ -1,8 +1,8 @@
 """SparseVLM+ (the authors' v2.0, December 2025; `USE_VERSION=2_0` in their main branch).
 
-Differences from SparseVLM: attention is divided by the RoPE kernel of its distance ("attention gravity"), only the heads
-that look at the picture most are averaged ("priority heads"), survivors keep their original positions, and nothing is
-recycled; the keep lists are larger instead. There is no paper of its own; the code is the source
+Differences from SparseVLM: attention is divided by the RoPE kernel of its distance ("attention gravity"), only the
+heads that look at the picture most are averaged ("priority heads"), survivors keep their original positions, and
+nothing is recycled; the keep lists are larger instead. There is no paper of its own; the code is the source
 (modelling_sparse_llama.py:242-251, 312; score.py:11-14, 48-55).
 
 The kernel is applied to *probabilities*. For head size 128 and theta 1e4 it falls to zero at distance 1707, and beyond
@@ -69,8 +69,9 @@ class SparseVLMPlus(SparseVLM):
         span = prefill.prompt.past + prefill.length
         if self.kernel and self.kernel_floor is None and self._limit is not None and span > self._limit:
             warnings.warn(
-                f"SparseVLM+: the RoPE kernel is not positive at distances from {self._limit} on, and this prompt spans "
-                f"{span} tokens: scores of tokens that far from a rater change their sign. Set kernel_floor to clamp it.",
+                f"SparseVLM+: the RoPE kernel is not positive at distances from {self._limit} on, and this prompt "
+                f"spans {span} tokens: scores of tokens that far from a rater change their sign. Set kernel_floor to "
+                "clamp it.",
                 stacklevel=2,
             )
 

@@ -1,4 +1,4 @@
-"""SparseVLM with rank-adaptive sparsification: how many tokens stay follows from the rank of the attention (section 3.2).
+"""SparseVLM with rank-adaptive sparsification (section 3.2): the rank of the attention says how many tokens stay.
 
 P is the raters x visual tokens attention of a pruning layer, averaged over heads. Three rules are in circulation:
 - "paper" (eq. 7): *delete* N = lam * (L_v - rank(P)) tokens; where N = 0 the layer is skipped. lam is never published.

@@ -87,7 +87,9 @@ def report_seen_tokens(cache) -> None:
     cache.get_seq_length = types.MethodType(get_seq_length, cache)
 
 
-def extended(key_mask: Tensor | None, cached: int, new: Tensor | None, batch: int, length: int, device) -> Tensor | None:
+def extended(
+    key_mask: Tensor | None, cached: int, new: Tensor | None, batch: int, length: int, device: torch.device
+) -> Tensor | None:
     """Key mask [B, cached + length] of cached and new tokens; None if all are real.
 
     `key_mask` may be longer (the cache was cropped) or shorter (tokens came that nobody masked) than `cached`.

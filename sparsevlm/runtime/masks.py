@@ -60,3 +60,16 @@ class SegmentMasks:
             # gaps in position_ids look like packed sequences to FlashAttention; the rotation is in position_embeddings
             out |= {"position_ids": self.position_ids, "position_embeddings": self.rope}
         return out
+
+
+class FixedMask:
+    """Keyword arguments for one layer: a mask in terms of which rows see which keys, in the backend's format."""
+
+    def __init__(self, family: Family, allowed: Tensor, rope):
+        self.family, self.allowed, self.rope = family, allowed, rope
+
+    def kwargs(self, layer: int, hidden: Tensor) -> dict:
+        mask = self.allowed
+        if self.family.decoder.config._attn_implementation == "eager":
+            mask = torch.where(mask, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
+        return {"attention_mask": mask, "position_ids": None, "position_embeddings": self.rope}

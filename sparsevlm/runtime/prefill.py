@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,30 +13,13 @@ from sparsevlm.core.recycling import recycled_counts
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.runtime import records
 from sparsevlm.runtime.cache_state import cached_length, extended, report_seen_tokens, state_of
+from sparsevlm.runtime.decision import Decision
+from sparsevlm.runtime.early import can_drop_early, drop_early
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.masks import SegmentMasks
 from sparsevlm.runtime.prompt import Prompt
 from sparsevlm.runtime.stage import Stage
 from sparsevlm.runtime.trace import PrefillRecord, StageRecord
-
-
-@dataclass
-class Decision:
-    """Which visual tokens of a stage stay. The lists are per sample and known to the host.
-
-    Attributes:
-        layer: the stage; -1 = the language model's input.
-        order: [B, V] int64, positions among the visual tokens from high to low score.
-        keep, pool, merged: tokens kept; dropped ones that are recycled; tokens these become.
-        uniform: whether the counts are the same for all samples.
-    """
-
-    layer: int
-    order: Tensor
-    keep: list[int]
-    pool: list[int]
-    merged: list[int]
-    uniform: bool
 
 
 class Prefill:
@@ -63,11 +45,11 @@ class Prefill:
         self.device = device = hidden.device
         self.batch, self.length = hidden.shape[:2]
         self.tail = prompt.tail  # number of last positions among which the text after the last visual token lies
+        self.misaligned = any(prompt.trailing)  # padding on the right, until the first gather
         self.tokens = prompt.real.sum(1).tolist()
         self.n_visual = prompt.counts
-        self.schedules = [
-            method.plan(n, family.n_layers) if n else Schedule(0, family.n_layers, (), (), (), ()) for n in self.n_visual
-        ]
+        layers = family.n_layers
+        self.schedules = [method.plan(n, layers) if n else Schedule(0, layers, (), (), (), ()) for n in self.n_visual]
         self.points = sorted({layer for s in self.schedules for layer in s.layers})
         width = max(self.n_visual)
         self.visual_index = torch.from_numpy(prompt.index(width)).to(device)
@@ -108,21 +90,25 @@ class Prefill:
             self._to(hidden.device)
         decision, self.pending = self.pending, None
         if layer - 1 in self.points and (layer == 0 or self.method.scores_next):
-            decision = self._decide(layer - 1, layer, hidden)
-            self.computed_keys = None  # of rows that are about to be dropped
+            decision = self._decide(self._stage(layer - 1, layer, hidden))
         if decision is not None:
             hidden = self._apply(decision, hidden)
         elif self.cache is not None and state_of(self.cache).starts_own_masks(layer):  # an earlier turn was pruned here
             self._begin_segment(layer, hidden)
         if layer in self.points and not self.method.scores_next:
-            self.pending = self._decide(layer, layer, hidden)
-            if torch.is_grad_enabled():
-                self.computed_keys = None  # made without a graph: let the layer compute its own
+            stage = self._stage(layer, layer, hidden)
+            self.pending = self._decide(stage)
+            if self.pending is not None and can_drop_early(self, self.pending, stage):
+                hidden, self.pending = drop_early(self, self.pending, stage)
+            elif stage.computed is not None and not torch.is_grad_enabled():
+                self.computed_keys = (layer, stage.computed.raw_keys)
         return hidden
 
-    def _decide(self, layer: int, module: int, hidden: Tensor) -> Decision | None:
+    def _stage(self, layer: int, module: int, hidden: Tensor) -> Stage:
+        return Stage(self, layer, module, hidden, list(self.n_visual), self.visual_index, self.visual_valid)
+
+    def _decide(self, stage: Stage) -> Decision | None:
         """Score and select at one pruning point; None if nothing is dropped there."""
-        stage = Stage(self, layer, module, hidden, list(self.n_visual), self.visual_index, self.visual_valid)
         keep = None if self.method.adaptive else self.method.keep_counts(stage)
         scores = order = None
         if keep != stage.n_visual:
@@ -136,7 +122,7 @@ class Prefill:
         if keep == stage.n_visual:
             return None
         uniform = self.visual_valid is None and len({*zip(keep, pool, merged, strict=True)}) == 1
-        return Decision(layer, order, keep, pool, merged, uniform)
+        return Decision(stage.layer, order, keep, pool, merged, uniform)
 
     def _recycling(self, stage: Stage, keep: list[int]) -> list[tuple[int, int]]:
         if self.method.adaptive:
@@ -173,8 +159,7 @@ class Prefill:
         self.source = self.source.gather(1, order)
         self.visual_index, valid = pack(self.visual_flag, max(left))
         self.visual_valid = valid if min(left) != max(left) else None
-        if self.length == self.prompt.length:
-            self._align_text()
+        self._align_text()
         self.n_visual, self.length = left, length
         hidden = take(hidden, order)
         self._begin_segment(d.layer + 1, hidden)
@@ -220,8 +205,9 @@ class Prefill:
 
     def _align_text(self) -> None:
         """After the first gather right padding has moved to the left, and the text to the right by as much."""
-        if not any(self.prompt.trailing):
+        if not self.misaligned:
             return
+        self.misaligned = False
         tail, self.tail = self.tail, self.prompt.aligned_tail
         index = torch.arange(tail - self.tail, tail, device=self.device) - self._column(self.prompt.trailing)
         for name in ("weights", "text_valid"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,21 @@ from sparsevlm.core.scores import attention_rows
 
 if TYPE_CHECKING:
     from sparsevlm.runtime.prefill import Prefill
+
+
+@dataclass
+class ModuleInputs:
+    """What scoring computed of a layer, for the layer to use.
+
+    Attributes:
+        normed: [B, L, D] its normalised input.
+        raw_keys: [B, L, H_kv * d] output of its k_proj.
+        keys: [B, H_kv, L, d] the same rotated.
+    """
+
+    normed: Tensor
+    raw_keys: Tensor
+    keys: Tensor
 
 
 @dataclass
@@ -36,6 +51,7 @@ class Stage:
     n_visual: list[int]
     visual_index: Tensor
     visual_valid: Tensor | None
+    computed: ModuleInputs | None = field(default=None, init=False, repr=False)
 
     def visual(self) -> Tensor:
         """[B, V, D] states of the visual tokens."""
@@ -44,30 +60,34 @@ class Stage:
     def attention(self, tail: int) -> Tensor:
         """[B, H, tail, S] float32: the softmaxed attention of the last `tail` tokens to all keys of `module`.
 
-        The layer's own norm and projections are used; unless gradients are recorded, its keys are handed to the layer,
-        which does not compute them again. S counts the tokens of earlier turns, too.
+        The layer's own norm and projections are used; its keys are handed to the layer, which does not compute them
+        again. S counts the tokens of earlier turns, too.
         """
-        with torch.no_grad():
-            return self._attention(tail)
-
-    def _attention(self, tail: int) -> Tensor:
         p = self.prefill
-        family, attention = p.family, p.family.decoder.layers[self.module].self_attn
-        normed = p.family.decoder.layers[self.module].input_layernorm(self.hidden)
-        raw = attention.k_proj(normed)
-        p.computed_keys = (self.module, raw)
-        query = self._heads(attention.q_proj(normed[:, -tail:]), attention, "q_norm")
-        key = self._heads(raw, attention, "k_norm")
-        cos, sin = p.rope
+        attention = p.family.decoder.layers[self.module].self_attn
+        with torch.no_grad():
+            made = self.module_inputs()
+            cos, sin = self._tables()
+            query = self._heads(attention.q_proj(made.normed[:, -tail:]), attention, "q_norm")
+            query = p.family.rotate(query, query[:, :1], cos[:, -tail:], sin[:, -tail:])[0]
+            earlier = p.cached_keys(self.module)
+            key = made.keys if earlier is None else torch.cat([earlier, made.keys], 2)
+            mask = p.key_mask if p.key_mask is None else p.key_mask[:, -key.shape[2] :]
+            return attention_rows(query, key, attention.scaling, mask, p.family.window(self.module))
+
+    def module_inputs(self) -> ModuleInputs:
+        """Normalised input and keys of `module`, computed once."""
+        if self.computed is None:
+            layer, rotate = self.prefill.family.decoder.layers[self.module], self.prefill.family.rotate
+            normed = layer.input_layernorm(self.hidden)
+            raw = layer.self_attn.k_proj(normed)
+            key = self._heads(raw, layer.self_attn, "k_norm")
+            self.computed = ModuleInputs(normed, raw, rotate(key[:, :1], key, *self._tables())[1])
+        return self.computed
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
         batch = self.hidden.shape[0]
-        cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
-        query = family.rotate(query, query[:, :1], cos[:, -tail:], sin[:, -tail:])[0]
-        key = family.rotate(key[:, :1], key, cos, sin)[1]
-        earlier = p.cached_keys(self.module)
-        if earlier is not None:
-            key = torch.cat([earlier, key], 2)
-        mask = p.key_mask if p.key_mask is None else p.key_mask[:, -key.shape[2] :]
-        return attention_rows(query, key, attention.scaling, mask, family.window(self.module))
+        return tuple(t.expand(batch, -1, -1) for t in self.prefill.rope)
 
     def visual_columns(self, rows: Tensor) -> Tensor:
         """Columns [..., V] of the visual tokens of [B, ..., S] attention rows."""

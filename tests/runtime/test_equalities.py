@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import sparsevlm
-from tests.tiny import GENERATE, IMAGE, SUPPRESS, inputs, llava, logits, pad, prompt, same, single, video_llava
+from tests.tiny import GENERATE, IMAGE, LAYOUTS, SUPPRESS, inputs, llava, logits, pad, prompt, same, single, video_llava
 
 LAYERS, KEEP = (1, 3, 5), (18, 10, 5)
 PLACES = [("renumber", "end"), ("original", "centre"), ("original", "end"), ("renumber", "centre")]
@@ -28,6 +28,7 @@ METHODS = {
     "plus": lambda **kw: sparsevlm.build("sparsevlm_plus", layers=LAYERS, keep=KEEP, **kw),
     "random": lambda **kw: sparsevlm.build("random", budget=12),
 }
+IN_LAYERS = [name for name in METHODS if name != "random"]
 
 
 def lengths(cache) -> list[int]:
@@ -68,7 +69,9 @@ def test_the_model_is_afterwards_what_it_was():
     assert hooks_of(model) == hooks and set(vars(model)) == attributes
 
 
-@pytest.mark.parametrize("impl,kind,place", list(product(["sdpa", "eager"], ["one", "batch", "multi", "ragged"], PLACES)))
+@pytest.mark.parametrize(
+    "impl,kind,place", list(product(["sdpa", "eager"], ["one", "batch", "multi", "ragged"], PLACES))
+)
 def test_cache_equals_no_cache(impl, kind, place):
     model = llava(impl=impl)
     x, _ = inputs(kind, model)
@@ -79,6 +82,39 @@ def test_cache_equals_no_cache(impl, kind, place):
     held = lengths(cached.past_key_values)
     assert held[0] == held[1] > held[2] == held[3] > held[4] == held[5] > held[6] == held[7]
     assert not torch.allclose(logits(model.generate(**x, **GENERATE))[:, 0], logits(cached)[:, 0])
+
+
+@pytest.mark.parametrize("name,kind,impl", list(product(IN_LAYERS, LAYOUTS, ["sdpa", "eager"])))
+def test_early_drop_equals_the_plain_form(name, kind, impl):
+    model = llava(impl=impl)
+    x, _ = inputs(kind, model)
+    with torch.no_grad():
+        with METHODS[name](early_drop=False)(model) as plain:
+            a = model(**x).logits
+            out = model.generate(**x, **GENERATE)
+        with METHODS[name](early_drop=True)(model) as early:
+            b = model(**x).logits
+            same(logits(out), logits(model.generate(**x, **GENERATE)))
+    real = x["attention_mask"].bool()
+    for p, e in zip(plain.prefills, early.prefills, strict=True):
+        for s, t in zip(p.stages, e.stages, strict=True):
+            assert all(torch.equal(i, j) for i, j in zip(s.kept, t.kept, strict=True))
+    # rows that survive are equal; rows that were dropped are zero in both
+    same(a[real], b[real])
+
+
+def test_early_drop_computes_fewer_rows():
+    model = llava()
+    x, _ = inputs("one", model)
+    rows = {}
+    for i, layer in enumerate(model.model.language_model.layers):
+        layer.mlp.register_forward_hook(lambda m, a, o, i=i: rows.setdefault(i, []).append(a[0].shape[1]))
+    with torch.no_grad():
+        for early in (True, False):
+            with build(early_drop=early)(model):
+                model(**x)
+    # 36 -> 18 kept + 6 candidates + 14 text rows in layer 1 instead of 50
+    assert rows[1] == [50 - 36 + 18 + 6, 50] and rows[0] == [50, 50] and rows[2] == [50 - 36 + 18 + 1] * 2
 
 
 @pytest.mark.parametrize("name,kind", list(product(METHODS, ["one", "batch", "ragged"])))
@@ -202,7 +238,9 @@ def test_video_alone_in_a_batch_and_beside_an_image(impl):
     same(logits(mixed)[1], logits(b)[0])
 
 
-@pytest.mark.parametrize("place,name", [*product(PLACES, ["sparsevlm"]), (None, "plus"), (None, "random"), (None, "rank")])
+@pytest.mark.parametrize(
+    "place,name", [*product(PLACES, ["sparsevlm"]), (None, "plus"), (None, "random"), (None, "rank")]
+)
 @pytest.mark.parametrize("kind", ["one", "batch"])
 def test_second_turn_of_text(place, name, kind):
     model = llava()
@@ -213,7 +251,9 @@ def test_second_turn_of_text(place, name, kind):
         first = model.generate(**x, **GENERATE)
         torch.manual_seed(9)
         ids = torch.cat([first.sequences, torch.randint(3, 90, (batch, 7))], 1)
-        mask = torch.cat([x["attention_mask"], x["attention_mask"].new_ones(batch, ids.shape[1] - x["input_ids"].shape[1])], 1)
+        mask = torch.cat(
+            [x["attention_mask"], x["attention_mask"].new_ones(batch, ids.shape[1] - x["input_ids"].shape[1])], 1
+        )
         second = model.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, **GENERATE)
     if name == "random":  # without a cache the second question would draw other tokens: look at the cache alone
         held = lengths(second.past_key_values)
@@ -363,7 +403,7 @@ def test_output_recording_and_loss():
     model = llava(impl="eager")
     x, _ = inputs("batch", model)
     labels = x["input_ids"].masked_fill((x["input_ids"] == IMAGE) | (x["attention_mask"] == 0), -100)
-    with build()(model):
+    with build(early_drop=False)(model):
         out = model(**x, labels=labels, output_hidden_states=True, output_attentions=True)
     assert out.logits.shape[:2] == x["input_ids"].shape and out.loss.isfinite()
     sizes = [h.shape[1] for h in out.hidden_states]
