@@ -8,7 +8,7 @@ tokens are dropped counts with the shortened length although it was computed wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -199,7 +199,7 @@ def solve(
     if default and (n_visual, n_layers) == (_REFERENCE_TOKENS, _REFERENCE_DEPTH) and budget in dict(lists):
         return explicit_schedule(n_visual, n_layers, chosen, dict(lists)[budget], recycle, cluster)
     if layers is None:
-        chosen = _start_earlier(chosen, budget, n_visual, n_layers)
+        chosen = (start_earlier(chosen[0], budget, n_visual, n_layers), *chosen[1:])
     widths = [b - max(a, 0) for a, b in zip(chosen, (*chosen[1:], n_layers), strict=True)]
     rest = budget * n_layers - max(chosen[0], 0) * n_visual
     if rest < sum(widths):
@@ -218,9 +218,20 @@ def solve(
     return Schedule(n_visual, n_layers, chosen, tuple(keep), tuple(pools), tuple(merged))
 
 
-def _start_earlier(layers: tuple[int, ...], budget: int, n_visual: int, n_layers: int) -> tuple[int, ...]:
-    first = min(layers[0], int(_MAX_HEAD_SHARE * budget * n_layers / n_visual))
-    return (first, *layers[1:])
+def start_earlier(first: int, budget: int, n_visual: int, n_layers: int) -> int:
+    """`first`, or fewer layers if as many that see every token would take up more than 0.8 of the budget."""
+    reachable = (budget - 1) * n_layers // max(1, n_visual - 1)  # with a single token left from there on
+    return min(first, int(_MAX_HEAD_SHARE * budget * n_layers / n_visual), reachable)
+
+
+def nearest(schedule: Callable[[float], Schedule], mean: Callable[[Schedule], float], budget: int) -> Schedule:
+    """Of schedules that grow with a share between 0 and 1, the one whose mean is nearest to the budget."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(schedule(middle)) <= budget else (low, middle)
+    below, above = schedule(low), schedule(high)
+    return above if mean(above) - budget <= budget - mean(below) else below
 
 
 def _stage(count: int, target: int, recycle: float, cluster: float) -> tuple[int, int, int]:

@@ -1,0 +1,146 @@
+"""Every method on every model: what must hold whatever a method computes.
+
+A new method needs one line in METHODS.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+
+import pytest
+import torch
+
+import sparsevlm
+from tests.baselines.adapters import NAMES, Adapter, adapter
+from tests.tiny import logits, same
+
+
+@dataclass
+class Row:
+    """How a method is tested.
+
+    Attributes:
+        options: what it is built with; with a budget, the mean tokens reached must be within half a token of it.
+        full: options that keep every token.
+        refuses: adapters that it cannot work on: entering it there must raise ValueError with this text.
+    """
+
+    options: dict = field(default_factory=lambda: {"budget": 12})
+    full: dict = field(default_factory=lambda: {"budget": "full"})
+    refuses: dict[str, str] = field(default_factory=dict)
+
+
+METHODS = {
+    "fastv": Row(),
+    "none": Row(options={}, full={"budget": 12}),
+    "random": Row(),
+    "random_layer": Row(),
+    "sparsevlm": Row(),
+    "sparsevlm_plus": Row({"budget": 12, "kernel_floor": 0.1}),
+    "sparsevlm_rank": Row({"layers": (1, 3, 5), "lam": 0.9}, {"layers": (1, 3, 5), "lam": 0.0}),
+}
+CASES = [(m, a) for m, a in product(METHODS, NAMES) if a not in METHODS[m].refuses]
+REFUSALS = [(m, a) for m in METHODS for a in METHODS[m].refuses]
+
+
+def build(name: str, full: bool = False):
+    return sparsevlm.build(name, **(METHODS[name].full if full else METHODS[name].options))
+
+
+def hooks_of(model) -> int:
+    parts = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_always_called")
+    return sum(len(getattr(m, p)) for m in model.modules() for p in parts)
+
+
+def entering(stages: list, n_visual: int, b: int, layer: int) -> int:
+    """Visual tokens of sample b that enter a layer, as the trace has it."""
+    return [n_visual, *(s.tokens_out[b] for s in stages if s.layer < layer)][-1]
+
+
+def assert_same_records(one, many, b: int, offset: int) -> None:
+    """The record of a prompt by itself equals that of row b of a batch, where it comes `offset` columns later."""
+    assert one.leaving[0] == many.leaving[b] and one.entering[0] == many.entering[b]
+    for layer in range(one.n_layers):
+        assert entering(one.stages, one.n_visual[0], 0, layer) == entering(many.stages, many.n_visual[b], b, layer)
+    stages = {s.layer: s for s in many.stages}
+    for stage in one.stages:
+        other = stages[stage.layer]
+        assert torch.equal(stage.kept[0], other.kept[b]) and torch.equal(stage.origin[0], other.origin[b])
+        assert stage.recycled[0] == other.recycled[b]
+        if stage.scores[0] is not None:
+            same(stage.scores[0], other.scores[b], 1e-6)  # those of SparseVLM+ come from float32 tables
+    if one.raters:
+        assert torch.equal(one.raters[0] + offset, many.raters[b])
+
+
+def test_every_method_is_here():
+    assert set(METHODS) == set(sparsevlm.methods())
+
+
+@pytest.mark.parametrize("name,model", CASES)
+def test_full_budget_is_the_model_itself_bit_for_bit(name: str, model: str):
+    a = adapter(model)
+    want = a.unpruned
+    a.model(**a.batch, output_hidden_states=True)  # transformers installs hooks of its own at the first such call
+    hooks, attributes = hooks_of(a.model), set(vars(a.model))
+    with a.install(build(name, full=True)) as trace:
+        assert torch.equal(logits(a.generate()), want)
+    for record in trace.prefills:
+        assert record.entering == record.leaving == record.n_visual
+    assert hooks_of(a.model) == hooks and set(vars(a.model)) == attributes
+    assert torch.equal(logits(a.generate()), want)
+
+
+@pytest.mark.parametrize("name,model", CASES)
+def test_batch_equals_singles_and_cache_equals_no_cache(name: str, model: str):
+    a = adapter(model)
+    method = build(name)
+    with a.install(method) as trace:
+        out = a.generate()
+        together = trace.prefills[0]
+        again = a.generate()
+        free = a.generate(use_cache=False)
+    assert torch.equal(logits(out), logits(again))  # deterministic
+    same(logits(out), logits(free))
+    length = max(a.n_tokens)
+    for b, count in enumerate(a.n_visual):
+        arguments, mask = a.row(b)
+        with a.install(method, mask) as trace:
+            alone = a.generate(arguments)
+        same(logits(alone)[0], logits(out)[b])
+        if count:
+            assert_same_records(trace.prefills[0], together, b, length - a.n_tokens[b])
+    if name != "none":
+        assert not torch.allclose(a.unpruned[:, 0], logits(out)[:, 0])
+
+
+@pytest.mark.parametrize("name,model", CASES)
+def test_tokens_are_exactly_as_planned_and_the_cache_is_really_shorter(name: str, model: str):
+    a = adapter(model)
+    method = build(name)
+    with a.install(method) as trace:
+        out = a.generate()
+    record = trace.prefills[0]
+    assert record.n_visual == a.n_visual and len(trace.prefills) == 1
+    n_layers = record.n_layers
+    if not method.adaptive:
+        plans = [method.plan(n, n_layers) for n in a.n_visual if n]
+        assert [p.leaving for p in plans] == [x for x, n in zip(record.leaving, a.n_visual, strict=True) if n]
+        assert [p.entering for p in plans] == [x for x, n in zip(record.entering, a.n_visual, strict=True) if n]
+    if method.budget is not None and name != "none":
+        assert all(abs(x - method.budget) <= 0.5 for x, n in zip(record.leaving, a.n_visual, strict=True) if n)
+    generated = out.logits and len(out.logits) - 1  # the last token is never fed
+    for layer in range(n_layers):
+        held = [
+            t - n + entering(record.stages, n, b, layer)
+            for b, (t, n) in enumerate(zip(a.n_tokens, a.n_visual, strict=True))
+        ]
+        assert out.past_key_values.layers[layer].keys.shape[2] == max(held) + generated, layer
+
+
+@pytest.mark.parametrize("name,model", REFUSALS)
+def test_refusals(name: str, model: str):
+    a: Adapter = adapter(model)
+    with pytest.raises(ValueError, match=METHODS[name].refuses[model]), a.install(build(name)):
+        a.generate()
