@@ -167,7 +167,7 @@ class SparseVLMAdapter(lmms):
         known = 0
         for request in requests:
             context, gen_kwargs, _, doc_id, task, _ = request.args
-            answer = self._ledger.get(task, doc_id, context) if self._ledger else None
+            answer = self._ledger.get(task, doc_id, context) if self._ledger is not None else None
             if answer is None:
                 groups.setdefault(json.dumps(gen_kwargs, sort_keys=True, default=str), []).append(request)
             else:
@@ -181,7 +181,7 @@ class SparseVLMAdapter(lmms):
                     for start in range(0, len(group), self._batch_size):
                         batch = group[start : start + self._batch_size]
                         answers = self._answer(batch, trace)
-                        if self._ledger:
+                        if self._ledger is not None:
                             self._ledger.append(answers)
                         self.answers.update(((a.task, a.doc_id), a) for a in answers)
                         advance(len(batch))

@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eval.errors import UserError, one_line, report, unknown, worst
-from eval.series import run_series
+from eval.series import run_series, time_runs
 from eval.settings import Run, make_run
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -50,20 +50,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def job(config: DictConfig) -> None:  # never raises: in a multirun the other jobs go on
         try:
-            statuses.append(run_series(_runs(config), command))
+            plain = OmegaConf.to_container(config, resolve=True)
+            experiment = plain.pop("experiment") or {}
+            runs = _listed(experiment["runs"]) if experiment else [_one(plain)]
+            statuses.append(run_series(runs, command))
+            if experiment.get("latency") and statuses[-1] == 0:
+                statuses.append(time_runs(runs, **experiment["latency"]))
         except Exception as error:
             several = HydraConfig.get().mode == RunMode.MULTIRUN
             which = " ".join(HydraConfig.get().overrides.task) + ": " if several else ""
             statuses.append(report(error, which))
 
     with tempfile.TemporaryDirectory() as scratch:  # Hydra writes a file of its own in a multirun
-        sys.argv[1:] = [*register_budgets(arguments), f"hydra.sweep.dir='{scratch}'"]
+        own_argv, sys.argv = sys.argv, [sys.argv[0], *register_budgets(arguments), f"hydra.sweep.dir='{scratch}'"]
         try:
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             return report(UserError(_explain(error, arguments)))
         except KeyboardInterrupt:
             return 130
+        finally:
+            sys.argv = own_argv
     return worst(statuses)
 
 
@@ -88,23 +95,19 @@ def register_budgets(arguments: Sequence[str]) -> list[str]:
     return out
 
 
-def _runs(config: DictConfig) -> list[Run]:
-    """The runs of one job: its own, or those its experiment lists, all of them checked.
+def _listed(entries: Sequence[dict]) -> list[Run]:
+    """The runs that an experiment lists: each entry is one run, or one for each combination of its lists.
 
     Raises:
-        UserError: in any of them.
+        UserError: in any of them, before the first is started.
     """
-    plain = OmegaConf.to_container(config, resolve=True)
-    listed = (plain.pop("experiment") or {}).get("runs")
-    if not listed:
-        return [_one(plain)]
     given = list(HydraConfig.get().overrides.task)
-    fixed = {key for entry in listed for key in entry}
+    fixed = {key for entry in entries for key in entry}
     for key in (override.split("=")[0] for override in given):
         if key in fixed:
             raise UserError(f"this experiment sets {key} itself; leave {key}=... out")
     runs = []
-    for entry in listed:
+    for entry in entries:
         choices = [v if isinstance(v, list) else [v] for v in entry.values()]
         for values in itertools.product(*choices):
             own = register_budgets([f"{k}={v}" for k, v in zip(entry, values, strict=True)])

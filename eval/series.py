@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -12,6 +14,8 @@ from eval.errors import UserError, report, worst
 from eval.results import RunFolder
 from eval.settings import Run
 from eval.tasks import TASKS
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_series(runs: Sequence[Run], command: str) -> int:
@@ -57,6 +61,32 @@ def run_series(runs: Sequence[Run], command: str) -> int:
             statuses.append(report(error, f"{folder.path.name} failed; {_kept(folder)}: "))
     bar.close()
     return worst(statuses)
+
+
+def time_runs(runs: Sequence[Run], repeats: int, warmup: int) -> int:
+    """Measure the latency of the settings of all runs with scripts/profile.py, at their median prompt length.
+
+    Returns:
+        The exit status; 0 also if it had been measured on this machine before.
+    """
+    if str(_ROOT) not in sys.path:
+        sys.path.append(str(_ROOT))  # scripts/ is no installed package
+    from scripts.profile import main
+
+    first = runs[0]
+    lengths = [
+        json.loads((RunFolder(run.results_dir, run.run_id()).path / "metrics.json").read_text())["cost"]["text_tokens"]
+        for run in runs
+    ]
+    arguments = ["--model", first.model.name, "--results", str(first.results_dir)]
+    arguments += ["--text-tokens", str(statistics.median_low(lengths)), "--repeats", str(repeats)]
+    arguments += ["--warmup", str(warmup), "--device", first.model.device, "--dtype", first.model.dtype]
+    settings = [":".join([r.method.name, str(r.budget), *(f"{k}={json.dumps(v)}" for k, v in r.changed)]) for r in runs]
+    try:
+        main([*settings, *arguments])
+    except SystemExit as stopped:  # it has said why
+        return int(stopped.code or 0)
+    return 0
 
 
 class _Bar:

@@ -102,11 +102,15 @@ class Run:
         return "__".join(map(str, parts))
 
     @property
+    def changed(self) -> list[tuple[str, object]]:
+        """The method's options that are not defaults."""
+        defaults = {f.name: f.default for f in fields(self.method)}
+        return [(k, v) for k, v in self.options.items() if v != defaults[k]]
+
+    @property
     def label(self) -> str:
         """For people: the method, its options that are not defaults, and the budget."""
-        defaults = {f.name: f.default for f in fields(self.method)}
-        changed = [f"{k}={v}" for k, v in self.options.items() if v != defaults[k]]
-        return " ".join([self.method.name, *changed, f"budget={self.budget}"])
+        return " ".join([self.method.name, *(f"{k}={v}" for k, v in self.changed), f"budget={self.budget}"])
 
 
 def make_run(config: Mapping) -> Run:
