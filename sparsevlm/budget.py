@@ -275,7 +275,7 @@ def _interpolate(x: float, xs: list[float], ys: list[float]) -> float:
 
 
 def _fit(rest: int, widths: list[int], shape: list[float], n_visual: int) -> list[int]:
-    """Non-increasing integers t with sum(widths * t) as close below `rest` as possible, proportional to `shape`."""
+    """Non-increasing integers t with sum(widths * t) as close to `rest` as possible, proportional to `shape`."""
 
     def targets(scale: float) -> list[int]:
         out, bound = [], n_visual
@@ -295,4 +295,9 @@ def _fit(rest: int, widths: list[int], shape: list[float], n_visual: int) -> lis
     for i in sorted(range(len(out)), key=lambda j: -widths[j]):  # hand out what rounding left, widest stage first
         bound = out[i - 1] if i else n_visual
         out[i] += max(0, min((rest - total(out)) // widths[i], bound - out[i]))
+    short = rest - total(out)  # less than any width: one token more may come nearer
+    room = [i for i in range(len(out)) if out[i] < (out[i - 1] if i else n_visual)]
+    best = min(room, key=lambda i: abs(short - widths[i]), default=None)
+    if best is not None and abs(short - widths[best]) < short:
+        out[best] += 1
     return out
