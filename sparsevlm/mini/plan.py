@@ -1,0 +1,64 @@
+"""What a training run consists of: its settings and its phases."""
+
+from dataclasses import dataclass
+
+from sparsevlm.mini.batches import BatchShape
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run.
+
+    Attributes:
+        objective: ``"align"``, ``"neutral"`` or ``"answer"``.
+        shape: of its batches.
+        time_share, step_share: of a run that is measured in minutes, and of one measured in steps. The learning-rate
+            schedules follow the time shares in both.
+    """
+
+    objective: str
+    shape: BatchShape
+    time_share: float
+    step_share: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.objective} {self.shape.grid}x{self.shape.grid}"
+
+
+#: First small windows, then the whole picture: relations are learnt at 64 tokens and carried over to 576.
+PLAN = (
+    Phase("align", BatchShape(grid=8, images=48), time_share=0.13, step_share=0.30),
+    Phase("align", BatchShape(grid=24, images=6), time_share=0.03, step_share=0.04),
+    Phase("neutral", BatchShape(grid=24, images=6), time_share=0.02, step_share=0.03),
+    Phase("answer", BatchShape(grid=8, images=16, questions=8), time_share=0.22, step_share=0.27),
+    Phase("answer", BatchShape(grid=12, images=12, questions=12), time_share=0.25, step_share=0.20),
+    Phase("answer", BatchShape(grid=24, images=6, questions=16), time_share=0.35, step_share=0.16),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a run, beside the plan.
+
+    With ``steps`` it is repeatable number by number on the same machine with the same number of threads. With
+    ``minutes`` the same data come in the same order, but how many steps fit in depends on the machine.
+
+    Raises:
+        ValueError: not exactly one of ``minutes`` and ``steps``, or a value out of range.
+    """
+
+    seed: int = 0
+    minutes: float | None = None
+    steps: int | None = None
+    precision: str = "bfloat16"
+
+    def __post_init__(self):
+        if (self.minutes is None) == (self.steps is None):
+            raise ValueError("give either the minutes or the steps of a training run")
+        if (self.steps if self.minutes is None else self.minutes) <= 0:
+            raise ValueError("a training run needs more than 0 minutes or steps")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"the seed must be between 0 and 2**32 - 1, got {self.seed}")
+        if self.precision not in ("bfloat16", "float32"):
+            raise ValueError(f"unknown precision {self.precision!r}; use bfloat16 or float32")

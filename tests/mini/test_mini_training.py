@@ -1,0 +1,274 @@
+"""Training of the embedded model: what is computed, that it learns, and that a killed run continues exactly."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
+
+from sparsevlm.mini import questions, train, weights_dir
+from sparsevlm.mini.batches import ANSWER_WEIGHT, END_WEIGHT, FORETOLD_WEIGHT, BatchShape, SceneBatches
+from sparsevlm.mini.finetune import Answering, block_layout
+from sparsevlm.mini.hub import export
+from sparsevlm.mini.model import build_config, build_model, embed_patches
+from sparsevlm.mini.plan import PLAN, Phase, Settings
+from sparsevlm.mini.pretrain import Alignment, NeutralBackground
+from sparsevlm.mini.run import Run
+from sparsevlm.mini.vocabulary import WORDS
+
+CPU = torch.device("cpu")
+TINY = (
+    Phase("align", BatchShape(8, 2), 0.3, 0.4),
+    Phase("neutral", BatchShape(8, 2), 0.2, 0.2),
+    Phase("answer", BatchShape(8, 2, 2), 0.5, 0.4),
+)
+
+
+@pytest.fixture(autouse=True)
+def short_evaluations(monkeypatch):
+    monkeypatch.setattr("sparsevlm.mini.run._TEST_IMAGES", 2)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return LlavaForConditionalGeneration.from_pretrained(weights_dir(), dtype=torch.float32).eval()
+
+
+def test_config_is_that_of_the_shipped_weights():
+    shipped = json.loads((weights_dir() / "config.json").read_text())
+    built = json.loads(build_config().to_json_string(use_diff=False))
+
+    def same(part, whole):
+        for key, value in part.items():
+            if isinstance(value, dict):
+                same(value, whole[key])
+            elif key not in ("architectures", "dtype"):
+                assert whole[key] == value, key
+
+    same(shipped, built)
+
+
+def test_starting_weights_depend_on_the_seed_alone():
+    first, again, other = (build_model(seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_embed_patches_is_the_models_own_vision_path(shipped):
+    pixels = torch.randn(2, 3, 168, 168, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = shipped.model.multi_modal_projector(embed_patches(shipped, pixels, torch.arange(576).expand(2, -1)))
+        theirs = shipped.get_image_features(pixel_values=pixels).pooler_output
+    torch.testing.assert_close(ours, torch.stack(list(theirs)).view_as(ours))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_questions_are_answered_as_if_alone(shipped, attention):
+    """A block behind a shared picture gives the logits of the ordinary forward of that prompt."""
+    shipped.set_attn_implementation(attention)
+    batch = SceneBatches("test", 0, 0, BatchShape(24, 1, 3))[0]
+    blocks = batch["ids"].view(3, 12)
+    with torch.no_grad():
+        packed = Answering(shipped, torch.float32)._logits(batch).view(3, 12, -1)
+        for block, logits in zip(blocks, packed, strict=True):
+            prompt = torch.cat([torch.tensor([1, 4, 6] + [3] * 576), block[block > 0]])[None]
+            alone = shipped(input_ids=prompt, pixel_values=batch["pixels"]).logits[0, 579:]
+            torch.testing.assert_close(logits[block > 0], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_block_layout_by_hand():
+    mask, positions = block_layout(2, 2, CPU)
+    seen = mask[0, 0] == 0
+    assert positions[0].tolist() == [0, 1, *range(2, 14), *range(2, 14)]
+    assert seen[1].nonzero().flatten().tolist() == [0, 1]
+    assert seen[3].nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert seen[15].nonzero().flatten().tolist() == [0, 1, 14, 15]  # second token of the second block
+
+
+def test_a_batch_depends_on_split_seed_phase_and_index_alone():
+    shape = BatchShape(8, 2, 3)
+    first = SceneBatches("train", 0, 1, shape)[7]
+    again = next(iter(SceneBatches("train", 0, 1, shape).loader([7], workers=0)))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    for other in (("test", 0, 1, 7), ("train", 1, 1, 7), ("train", 0, 2, 7), ("train", 0, 1, 8)):
+        assert not torch.equal(first["pixels"], SceneBatches(*other[:3], shape)[other[3]]["pixels"])
+
+
+def test_packed_tokens_targets_and_weights():
+    batch = SceneBatches("train", 0, 0, BatchShape(24, 4, 8))[0]
+    rows = zip(*(batch[key].view(32, 12).tolist() for key in ("ids", "targets", "weights")), strict=True)
+    for (ids, targets, weights), type_ in zip(rows, batch["types"].flatten().tolist(), strict=True):
+        words = [WORDS[i] for i in ids if i]
+        at = words.index("?")
+        assert words[at + 1 : at + 3] == ["assistant", ":"]
+        answer = words[at + 3 :]
+        assert len(answer) == (2 if questions.TYPES[type_] == "read" else 1)
+        weights = [round(w, 3) for w in weights]
+        expected = [0.0] * 12
+        expected[at - 1 : at + 2] = [FORETOLD_WEIGHT] * 3
+        expected[at + 2 : at + 3 + len(answer)] = [ANSWER_WEIGHT] * len(answer) + [END_WEIGHT]
+        assert weights == expected
+        assert [WORDS[t] for t in targets[at - 1 : at + 3 + len(answer)]] == [answer[0]] * 3 + answer + ["</s>"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "shape", "steps", "share"),
+    [
+        (Alignment, BatchShape(8, 4), 12, 0.9),
+        (NeutralBackground, BatchShape(8, 4), 12, 0.9),
+        (Answering, BatchShape(8, 2, 4), 12, 0.7),
+    ],
+)
+def test_loss_falls_on_a_batch_that_is_repeated(objective, shape, steps, share):
+    model = build_model(0)
+    learner = objective(model, torch.float32)
+    learner.start()
+    batch = SceneBatches("train", 0, 0, shape)[0]
+    losses = []
+    for _ in range(steps):
+        loss = learner.loss(batch)
+        for optimizer in learner.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
+        for optimizer in learner.optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < share * losses[0]
+
+
+def test_stage_two_leaves_the_tower_alone_and_trains_everything_else():
+    model = build_model(0)
+    learner = Answering(model, torch.float32)
+    learner.start()
+    learner.loss(SceneBatches("train", 0, 0, BatchShape(8, 1, 2))[0]).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == ("vision_tower" in name), name
+    trained = {id(p) for optimizer in learner.optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for n, p in model.named_parameters() if "vision_tower" not in n}
+
+
+def test_scores_of_the_shipped_model_are_high_and_of_a_fresh_one_low(shipped):
+    """Teacher-forced exact match, 12 pictures of unseen digits (.84 by generation when it was trained)."""
+    shipped.set_attn_implementation("eager")
+    data = SceneBatches("test", 0, 0, BatchShape(24, 4, 8))
+    good = Answering(shipped).scores(data[i] for i in range(3))
+    bad = Answering(build_model(0)).scores(data[i] for i in range(1))
+    assert good["mean"] > 0.7 and good["color_of_shape"] > 0.9
+    assert bad["mean"] < 0.2
+
+
+def test_plan_uses_the_whole_run():
+    assert sum(phase.time_share for phase in PLAN) == pytest.approx(1)
+    assert sum(phase.step_share for phase in PLAN) == pytest.approx(1)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, monkeypatch):
+    settings = Settings(seed=3, steps=5, precision="float32")
+    straight = Run(tmp_path / "straight", settings, CPU, plan=TINY)
+    straight.train()
+    assert straight.finished and straight.progress == pytest.approx(1)
+
+    broken = Run(tmp_path / "broken", settings, CPU, plan=TINY, save_every=0)
+    step = Run._step
+    for survives in (1, 1, 2):  # dies within the first phase, at its end, within the last
+        calls = iter(range(survives))
+
+        def dying(self, *args, calls=calls):
+            if next(calls, None) is None:
+                raise Killed
+            return step(self, *args)
+
+        monkeypatch.setattr(Run, "_step", dying)
+        with pytest.raises(Killed):
+            broken.train()
+        monkeypatch.setattr(Run, "_step", step)
+        broken = Run(tmp_path / "broken", settings, CPU, plan=TINY, save_every=0)
+    assert 0 < broken.state.total_steps < 5
+    broken.train()
+    assert broken.state.total_steps == straight.state.total_steps == 5
+    expected = straight.model.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in broken.model.state_dict().items())
+    curves = [[{k: v for k, v in p.items() if k != "minutes"} for p in run.state.curve] for run in (straight, broken)]
+    assert [point["phase"] for point in curves[0]] == ["align 8x8", "neutral 8x8", "answer 8x8"]
+    assert [set(point) for point in curves[0]] == [set(point) for point in curves[1]]
+    assert json.loads((tmp_path / "broken" / "learning_curve.json").read_text()) == broken.state.curve
+
+
+def test_a_run_in_minutes_ends_in_time_and_a_finished_one_does_nothing(tmp_path):
+    settings = Settings(minutes=0.03)
+    run = Run(tmp_path, settings, CPU, plan=TINY)
+    run.train()
+    assert run.finished and run.state.total_steps >= 3 and run.state.total_seconds >= 0.9 * 1.8
+    again = Run(tmp_path, settings, CPU, plan=TINY)
+    before = {key: value.clone() for key, value in again.model.state_dict().items()}
+    again.train()
+    assert again.state == run.state
+    assert all(torch.equal(value, before[key]) for key, value in again.model.state_dict().items())
+
+
+def test_other_settings_are_refused(tmp_path):
+    Run(tmp_path, Settings(steps=1), CPU, plan=TINY)._save()
+    with pytest.raises(ValueError, match="continue with these settings"):
+        Run(tmp_path, Settings(steps=2), CPU, plan=TINY)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {},
+        {"minutes": 1, "steps": 1},
+        {"minutes": 0},
+        {"steps": -1},
+        {"steps": 1, "seed": -1},
+        {"steps": 1, "precision": "int8"},
+    ],
+)
+def test_bad_settings_are_refused(bad):
+    with pytest.raises(ValueError):
+        Settings(**bad)
+
+
+def test_command_line_trains_exports_and_refuses_to_overwrite(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparsevlm.mini.run.PLAN", TINY)
+    out = tmp_path / "run"
+    command = ["--out", str(out), "--steps", "3", "--device", "cpu"]
+    assert train.main(command) == 0
+    model = LlavaForConditionalGeneration.from_pretrained(out / "model")
+    trained = torch.load(out / "checkpoint.pt", weights_only=True)["model"]
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, trained[key].to(torch.bfloat16)), key
+    capsys.readouterr()
+    assert train.main(command) == 2
+    assert "--resume continues it" in capsys.readouterr().err
+    assert train.main([*command, "--resume"]) == 0
+    assert train.main(["--out", str(tmp_path / "x"), "--steps", "3", "--device", "abacus"]) == 2
+    assert "unknown device 'abacus'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_export_writes_the_shipped_folder_and_spares_foreign_ones(tmp_path, shipped):
+    shipped.set_attn_implementation("sdpa")
+    folder = export(shipped, tmp_path / "model")
+    export(shipped, folder)  # again: replaced
+    assert {p.name: p.stat().st_mode & 0o777 for p in folder.iterdir()} == {
+        p.name: 0o644 for p in weights_dir().iterdir()
+    }
+    for path in weights_dir().glob("[!cg]*.json"):
+        assert json.loads((folder / path.name).read_text()) == json.loads(path.read_text()), path.name
+    expected = load_file(weights_dir() / "model.safetensors")
+    written = load_file(folder / "model.safetensors")
+    assert all(torch.equal(written[key], value) for key, value in expected.items()) and len(written) == len(expected)
+    assert shipped.dtype == torch.float32
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "cat.jpg").write_bytes(b"meow")
+    with pytest.raises(FileExistsError, match="holds something else"):
+        export(shipped, foreign)
+    assert (foreign / "cat.jpg").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "photos"]
