@@ -14,7 +14,13 @@ method ?= none,random,sparsevlm
 budget ?= 192,128,64
 task ?= minivqa
 
-# Anything more for the command behind a target: make reproduce args="limit=64 results_dir=/tmp/results"
+# For `make retrain`: where to, and for how long.
+out ?= outputs/mini
+minutes ?= 90
+
+# Where runs, tables and figures go.
+results ?= results
+# Anything more for the command behind a target: make reproduce args=limit=64 results=outputs/results
 args ?=
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -40,8 +46,8 @@ $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
 	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps -e .
 	@touch $@
 
-reproduce: setup ## run SparseVLM and baselines on the embedded model, then make table and figure
-	@$(RUN) -m eval.run experiment=reproduce $(args)
+reproduce: setup ## run SparseVLM and baselines on the embedded model, then make tables and figures
+	@$(RUN) -m eval.run experiment=reproduce results_dir=$(results) $(args)
 	@$(MAKE) --no-print-directory tables figures args=
 
 test: setup ## the fast tests
@@ -56,23 +62,24 @@ lint: setup ## check style
 flops: setup ## count the multiply-adds of a prefill; no weights needed
 	@$(RUN) -m sparsevlm.cost.flops $(args)
 
-latency: setup ## time prefill and decode on this machine
-	@$(RUN) -m scripts.profile $(args)
+latency: setup ## time prefill and decode on this machine, of what was run
+	@$(RUN) scripts/profile.py --results $(results) $(args)
 
-tables: setup ## results/runs -> results/tables
-	@$(RUN) -m scripts.make_tables $(args)
+tables: setup ## make the tables of the runs
+	@$(RUN) scripts/make_tables.py --results $(results) $(args)
 
-figures: setup ## results/runs -> results/figures
-	@for script in scripts/plot_*.py; do $(RUN) -m "scripts.$$(basename "$$script" .py)" $(args); done
+figures: setup ## draw the figures of the runs
+	@for script in scripts/plot_*.py; do $(RUN) $$script --results $(results) $(args); done
 
 notebooks: setup ## run the notebooks in place
 	@$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
 sweep: setup ## every combination: make sweep model=mini method=none,sparsevlm budget=192,64 task=minivqa
-	@$(RUN) -m eval.run -m model=$(model) method=$(method) budget=$(budget) task=$(task) $(args)
+	@$(RUN) -m eval.run -m model=$(model) method=$(method) budget=$(budget) task=$(task) \
+		results_dir=$(results) $(args)
 
-retrain: setup ## train the embedded model anew
-	@$(RUN) -m sparsevlm.mini.train $(args)
+retrain: setup ## train the embedded model from nothing: make retrain out=outputs/mini minutes=90
+	@$(RUN) -m sparsevlm.mini.train --out $(out) --minutes $(minutes) --resume $(args)
 
 clean: ## remove the environment and caches; results stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

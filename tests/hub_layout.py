@@ -15,7 +15,6 @@ import sparsevlm  # noqa: F401  # isort: skip  - before transformers: makes it i
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,

@@ -320,6 +320,7 @@ def test_unusable_pictures(llava, image, message):
         ({"text": ["a", "b"], "images": [picture(9, 9)]}, "2 questions but images for 1"),
         ({"text": "<image> and <image>", "images": picture(9, 9)}, "2 <image> but 1 images; it begins '<image> and"),
         ({"text": "<image>"}, "1 <image> but 0 images"),
+        ({"text": "<image>", "images": [picture(9, 9)] * 2}, "1 <image> but 2 images"),
         ({"text": "a", "videos": np.zeros((8, 9, 9, 3), np.uint8)}, "takes no videos; use a Video-LLaVA checkpoint"),
         ({"text": [7]}, "a question is a string or a list of"),
         ({"text": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "ends with the user's"),
