@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def pack(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def pack(mask: Tensor, width: int) -> Tensor:
     """Indices of the True entries of each row, ascending, padded to `width` with indices of False entries.
 
     All indices of a row are distinct, so a scatter at padded entries never hits a real one.
@@ -16,10 +16,9 @@ def pack(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
         width: number of columns to return; at least the largest number of True entries in a row.
 
     Returns:
-        indices [B, width] int64 and which of them are real [B, width] bool.
+        [B, width] int64.
     """
-    index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-    return index, mask.gather(1, index)
+    return mask.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

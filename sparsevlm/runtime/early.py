@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from sparsevlm.core.packing import take
+from sparsevlm.core.packing import pack, take
 from sparsevlm.runtime.cache_state import state_of
 from sparsevlm.runtime.decision import Decision
 from sparsevlm.runtime.masks import FixedMask
@@ -52,7 +52,6 @@ def drop_early(prefill: Prefill, decision: Decision, stage: Stage) -> tuple[Tens
     p = prefill
     stay = decision.keep[0] + decision.pool[0]
     length = p.length
-    p.computed_keys = None
     made = stage.module_inputs()
     flag = torch.zeros(p.batch, length, dtype=torch.uint8, device=p.device)
     flag.scatter_(1, p.visual_index.gather(1, decision.order[:, stay:]), 1)
@@ -67,9 +66,9 @@ def drop_early(prefill: Prefill, decision: Decision, stage: Stage) -> tuple[Tens
     if p.cache is not None:
         p.cache.update(keys, values, stage.layer)
     mask = _mask(p, alive, gone, past)
-    _follow(p, decision, alive, gone, stay, past)
+    _follow(p, decision, alive, gone, stay)
     p.segment_masks = FixedMask(p.family, mask, p.rope)
-    p.computed_keys = (stage.layer, take(made.raw_keys, alive))
+    p.handed = replace(made, raw_keys=take(made.raw_keys, alive))
     order = decision.order[:, :stay].argsort(1).argsort(1)  # old places among the visual tokens to new ones
     return take(stage.hidden, alive), replace(decision, order=order)
 
@@ -89,7 +88,7 @@ def _mask(p: Prefill, alive: Tensor, gone: Tensor, past: int) -> Tensor:
     return allowed[:, None]
 
 
-def _follow(p: Prefill, decision: Decision, alive: Tensor, gone: Tensor, stay: int, past: int) -> None:
+def _follow(p: Prefill, decision: Decision, alive: Tensor, gone: Tensor, stay: int) -> None:
     """Let everything that is known per row follow the surviving rows."""
     dropped = gone.shape[1]
     if p.key_mask is not None:
@@ -104,9 +103,5 @@ def _follow(p: Prefill, decision: Decision, alive: Tensor, gone: Tensor, stay: i
     p.rope = take(p.rope[0], alive), take(p.rope[1], alive)
     p.source = p.source.gather(1, alive)
     p.visual_flag = p.visual_flag.gather(1, alive)
-    if p.recycled is not None:
-        p.recycled = p.recycled.gather(1, alive)
-    before = torch.zeros(p.batch, p.length, dtype=torch.long, device=p.device).scatter_(1, gone, 1).cumsum(1)
-    kept = p.visual_index.gather(1, decision.order[:, :stay].sort(1).values)
-    p.visual_index = kept - before.gather(1, kept)
+    p.visual_index = pack(p.visual_flag, stay)
     p.length = alive.shape[1]

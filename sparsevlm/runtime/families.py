@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 VISION_LANGUAGE_MODELS = ("llava", "video_llava")
@@ -20,13 +20,17 @@ class Family:
         outer: module whose forward receives `input_ids` and pixels (the decoder itself for a plain text model).
         decoder: the text model: `.layers`, `.rotary_emb`, `.config`.
         visual_ids: ids of the placeholder tokens of images and videos; empty for a plain text model.
-        rotate: the family's apply_rotary_pos_emb(q, k, cos, sin).
+        rotate_half: the family's, of its rotary embedding.
     """
 
     outer: nn.Module
     decoder: nn.Module
     visual_ids: tuple[int, ...]
-    rotate: Callable
+    rotate_half: Callable
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary embedding of [B, H, N, d] by tables [B, N, d], as the family's apply_rotary_pos_emb."""
+        return x * cos[:, None] + self.rotate_half(x) * sin[:, None]
 
     @property
     def n_layers(self) -> int:
@@ -72,10 +76,10 @@ def locate(model: nn.Module) -> Family:
     missing = [p for p in ("q_proj", "k_proj", "v_proj") if not hasattr(attention, p)]
     if missing:
         raise ValueError(f"the attention of {text_kind!r} has no {', '.join(missing)} (fused projections?)")
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None:
+    rotate_half = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    if rotate_half is None:
         raise ValueError(f"no rotary position embedding found for {text_kind!r}")
-    return Family(outer, decoder, visual_ids, rotate)
+    return Family(outer, decoder, visual_ids, rotate_half)
 
 
 def _reason(config) -> str:

@@ -97,6 +97,8 @@ class Hooks:
                 prompt = kwargs.get(name) if prompt is None else prompt
             prompt = args[0] if prompt is None and args else prompt
             self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.dim() > 1 else None
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            self._announce(ids, kwargs)
             try:
                 return original(*args, **kwargs)
             finally:
@@ -111,10 +113,16 @@ class Hooks:
         embeds = kwargs.get("inputs_embeds")
         self.prefill = self.step = self.visual = None
         self.mask = kwargs.get("attention_mask")
+        self._announce(ids, kwargs)
         if self.given_mask is not None:
             self.visual = self._given(embeds if embeds is not None else ids, kwargs.get("past_key_values"))
         elif ids is not None and any(kwargs.get(name) is not None for name in _PIXELS):
             self.visual = sum(ids == i for i in self.family.visual_ids).bool()
+
+    def _announce(self, ids: Tensor | None, kwargs: dict) -> None:
+        """Tell the method whose pictures are about to be encoded: those of tokens that no cache holds yet."""
+        if isinstance(ids, Tensor) and any(kwargs.get(name) is not None for name in _PIXELS[:-1]):
+            self.method.announce(ids[:, seen_tokens(kwargs.get("past_key_values")) :])
 
     def _given(self, tokens: Tensor, cache) -> Tensor | None:
         """The caller's visual mask, for a call that starts a sequence; repeated for beams, extended by new tokens."""
@@ -206,7 +214,7 @@ class Hooks:
     def _on_output(self, module: nn.Module, args: tuple, out):
         """Give the caller a sequence of the length it passed in (zeros where tokens were dropped)."""
         prefill, self.prefill, self.step = self.prefill, None, None
-        if prefill is None or prefill.length == prefill.prompt.length and prefill.recycled is None:
+        if prefill is None or prefill.length == prefill.prompt.length and not prefill.merged_sources:
             return None
         hidden = out.last_hidden_state
         if prefill.key_mask is not None:
@@ -216,17 +224,15 @@ class Hooks:
         out.last_hidden_state = full.scatter_add_(1, source, hidden)
         return out
 
-    # ---- keys computed for scoring ---------------------------------------------------------------------------------
-    def _computed_keys(self, i: int) -> Tensor | None:
-        """k_proj's output of layer i if scoring has made it already."""
-        computed = self.prefill.computed_keys if self.prefill is not None else None
-        return computed[1] if computed is not None and computed[0] == i else None
-
+    # ---- keys that scoring has computed already -------------------------------------------------------------------
     def _skip_keys(self, i: int, module: nn.Module, args: tuple):
-        return None if self._computed_keys(i) is None else (args[0][:, :0],)
+        """Pre-hook of k_proj: compute them for no row."""
+        return None if self._handed_keys(i) is None else (args[0][:, :0],)
 
     def _give_keys(self, i: int, module: nn.Module, args: tuple, out: Tensor):
-        keys = self._computed_keys(i)
-        if keys is not None:
-            self.prefill.computed_keys = None
-        return keys
+        """Forward hook of k_proj: return those that are there."""
+        return self._handed_keys(i)
+
+    def _handed_keys(self, i: int) -> Tensor | None:
+        handed = self.prefill.handed if self.prefill is not None else None
+        return handed.raw_keys if handed is not None and handed.layer == i else None

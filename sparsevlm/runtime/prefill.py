@@ -18,7 +18,7 @@ from sparsevlm.runtime.early import can_drop_early, drop_early
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.masks import SegmentMasks
 from sparsevlm.runtime.prompt import Prompt
-from sparsevlm.runtime.stage import Stage
+from sparsevlm.runtime.stage import ModuleInputs, Stage
 from sparsevlm.runtime.trace import PrefillRecord, StageRecord
 
 
@@ -34,7 +34,7 @@ class Prefill:
         n_visual: visual tokens per sample (0: the sample is left alone).
         visual_flag [B, L], visual_index [B, V], visual_valid [B, V] or None: where they are.
         source: [B, L] int64, index of each row in the call's input.
-        recycled: [B, L] bool, merged tokens; None = there are none yet.
+        merged_sources: per stage so far the `source` [B, n] of its merged tokens (-1 = none).
         rope: cos, sin [1 or B, L, d] of the current rows.
         key_mask: [B, cached + L] bool of the current segment, None = no padding.
         raters: [B, tail] bool over the last `tail` tokens; weights: the same as float32, summing to one.
@@ -59,13 +59,13 @@ class Prefill:
         self.visual_flag = torch.from_numpy(prompt.visual).to(device)
         self.text_valid = None if prompt.text.all() else torch.from_numpy(prompt.text).to(device)
         self.source = torch.arange(self.length, device=device).expand(self.batch, -1)
-        self.recycled: Tensor | None = None
+        self.merged_sources: list[Tensor] = []
         self.call_positions, self.call_rope = kwargs["position_ids"], kwargs["position_embeddings"]
         self.rope = self.call_rope
         self.key_mask = key_mask if prompt.padded else None
         self.raters: Tensor | None = None
         self.weights: Tensor | None = None
-        self.computed_keys: tuple[int, Tensor] | None = None  # layer and k_proj's output, made for scoring
+        self.handed: ModuleInputs | None = None  # what scoring made of the layer that comes next
         self.segment_masks: SegmentMasks | None = None  # None: the model's own masks and positions hold
         self.pending: Decision | None = None
         self.record = PrefillRecord(list(prompt.n_visual), list(self.tokens), family.n_layers)
@@ -75,7 +75,8 @@ class Prefill:
     def set_raters(self, raters: Tensor) -> None:
         """Declare the raters, [B, tail] bool over the last `tail` tokens; `weights` average over them."""
         self.raters = raters
-        self.weights = raters.to(torch.float64) / raters.sum(1, keepdim=True).clamp(min=1)
+        dtype = torch.promote_types(self.call_rope[0].dtype, torch.float32)
+        self.weights = raters.to(dtype) / raters.sum(1, keepdim=True).clamp(min=1)
         self.record._raters = partial(records.rater_positions, raters, self.length, self.n_visual)
 
     def cached_keys(self, layer: int) -> Tensor | None:
@@ -88,7 +89,7 @@ class Prefill:
         """Called before each layer with its input [B, L, D]; returns what the layer shall compute."""
         if hidden.device != self.device:
             self._to(hidden.device)
-        decision, self.pending = self.pending, None
+        decision, self.pending, self.handed = self.pending, None, None
         if layer - 1 in self.points and (layer == 0 or self.method.scores_next):
             decision = self._decide(self._stage(layer - 1, layer, hidden))
         if decision is not None:
@@ -101,7 +102,7 @@ class Prefill:
             if self.pending is not None and can_drop_early(self, self.pending, stage):
                 hidden, self.pending = drop_early(self, self.pending, stage)
             elif stage.computed is not None and not torch.is_grad_enabled():
-                self.computed_keys = (layer, stage.computed.raw_keys)
+                self.handed = stage.computed
         return hidden
 
     def _stage(self, layer: int, module: int, hidden: Tensor) -> Stage:
@@ -132,41 +133,40 @@ class Prefill:
 
     def _log(self, stage: Stage, scores, order, keep: list[int], merged: list[int]) -> None:
         whole = [n - c for n, c in zip(self.prompt.n_visual, self.prompt.counts, strict=True)]  # left alone
-        now = (self.visual_index, self.source, self.recycled, self.prompt.visual)
+        now = (self.visual_index, self.source, tuple(self.merged_sources), self.prompt.visual)
         details = partial(records.stage_details, scores, order, keep, stage.n_visual, whole, *now)
         tokens_in = [n + w for n, w in zip(stage.n_visual, whole, strict=True)]
         tokens_out = [k + m + w for k, m, w in zip(keep, merged, whole, strict=True)]
         self.record.stages.append(StageRecord(stage.layer, tokens_in, tokens_out, list(merged), details))
+        self.method.annotate(self.record.stages[-1], self)
 
     def _apply(self, d: Decision, hidden: Tensor) -> Tensor:
         """Drop, merge and reorder: from the rows of one segment to those of the next."""
-        key, hidden, merged_at = self._sort_keys(d, hidden)
+        key, hidden = self._sort_keys(d, hidden)
         left = [k + m for k, m in zip(d.keep, d.merged, strict=True)]
         self.tokens = [t - n + x for t, n, x in zip(self.tokens, self.n_visual, left, strict=True)]
         length = max(self.tokens)
         if self.key_mask is not None:
             key = key.masked_fill(~self.key_mask[:, -self.length :], -1)
         order = key.sort(dim=1, stable=True).indices[:, self.length - length :]
-        if merged_at is not None:
-            self.recycled = merged_at if self.recycled is None else self.recycled | merged_at
-        if self.recycled is not None:
-            self.recycled = self.recycled.gather(1, order)
         self.visual_flag = self.visual_flag.gather(1, order)
         if min(self.tokens) != length:
             self.visual_flag = self.visual_flag & (key.gather(1, order) >= 0)
         if self.method.positions == "original":
             self.rope = take(self.rope[0], order), take(self.rope[1], order)
         self.source = self.source.gather(1, order)
-        self.visual_index, valid = pack(self.visual_flag, max(left))
-        self.visual_valid = valid if min(left) != max(left) else None
+        self.visual_index = pack(self.visual_flag, max(left))
+        self.visual_valid = None
+        if min(left) != max(left):
+            self.visual_valid = self.visual_flag.gather(1, self.visual_index)
         self._align_text()
         self.n_visual, self.length = left, length
         hidden = take(hidden, order)
         self._begin_segment(d.layer + 1, hidden)
         return hidden
 
-    def _sort_keys(self, d: Decision, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Sort keys [B, L]; states with merged tokens in the rows of their centres; [B, L] bool of these rows."""
+    def _sort_keys(self, d: Decision, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Sort keys [B, L]; states with merged tokens in the rows of their centres."""
         device = hidden.device
         key = torch.arange(self.length, dtype=torch.float32, device=device).repeat(self.batch, 1)
         position = self.visual_index.gather(1, d.order)  # of the visual tokens, by score
@@ -179,11 +179,11 @@ class Prefill:
             key.scatter_(1, position, torch.where(dropped, -1.0, key.gather(1, position)))
         pool, width = max(d.pool), max(d.merged)
         if width == 0:
-            return key, hidden, None
-        best = torch.arange(pool, device=device)
+            return key, hidden
         if d.uniform:
             members, valid, real = position[:, d.keep[0] : d.keep[0] + pool], None, None
         else:
+            best = torch.arange(pool, device=device)
             members = position.gather(1, (self._column(d.keep) + best) % position.shape[1])
             valid = best < self._column(d.pool)
             real = torch.arange(width, device=device) < self._column(d.merged)
@@ -191,17 +191,22 @@ class Prefill:
         centres, weights = self.method.merge_tokens(tokens, self._column(d.merged)[:, 0], width, valid)
         rows = members.gather(1, centres)  # a merged token takes the row of its centre
         states = (weights @ tokens.to(weights.dtype)).to(hidden.dtype)
-        place = rows.float()
         if self.method.recycled_at == "end":
-            last = torch.where(self.visual_flag, self._index(), -1).amax(1, keepdim=True)
-            place = (last + torch.arange(1, width + 1, device=device) / (width + 1)).expand(self.batch, -1)
+            last = self.visual_index[:, -1:]
+            if self.visual_valid is not None:
+                last = torch.where(self.visual_flag, self._index(), -1).amax(1, keepdim=True)
+            step = 1 / (width + 1)
+            place = last + torch.linspace(step, 1 - step, width, device=device)
+        else:
+            place = rows.float()
         if real is not None:  # entries beyond a sample's own write the value that is there already
             place = torch.where(real, place, key.gather(1, rows))
             states = torch.where(real[..., None], states, take(hidden, rows))
         key.scatter_(1, rows, place)
         hidden = hidden.scatter(1, rows[..., None].expand_as(states), states)
-        merged_at = torch.zeros_like(self.visual_flag)
-        return key, hidden, merged_at.scatter_(1, rows, 1 if real is None else real)  # 1: tracers know no bool here
+        source = self.source.gather(1, rows)
+        self.merged_sources.append(source if real is None else source.masked_fill(~real, -1))
+        return key, hidden
 
     def _align_text(self) -> None:
         """After the first gather right padding has moved to the left, and the text to the right by as much."""

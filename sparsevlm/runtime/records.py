@@ -22,7 +22,7 @@ def stage_details(
     whole: list[int],
     visual_index: Tensor,
     source: Tensor,
-    recycled: Tensor | None,
+    merged_sources: tuple[Tensor, ...],
     visual: np.ndarray,
 ) -> tuple[list, list, list]:
     """Scores, kept positions and original indices of one stage, per sample; see `trace.StageRecord`.
@@ -31,7 +31,8 @@ def stage_details(
         scores, order: [B, V] scores and ranking; None if nothing had to be scored.
         keep, n_visual: kept and entering tokens; both 0 for a sample that is left alone.
         whole: visual tokens of samples that are left alone, else 0.
-        visual_index [B, V], source [B, L], recycled [B, L] bool or None: as they were on entering.
+        visual_index [B, V], source [B, L]: as they were on entering.
+        merged_sources: `source` of the tokens merged at earlier stages, [B, n] each.
         visual: [B, L0] bool, the tokens of the prompt that may be dropped.
     """
     all_scores, all_kept, all_origin = [], [], []
@@ -43,8 +44,8 @@ def stage_details(
             row = visual_index[b].cpu()[kept]
             ordinal = torch.from_numpy(visual[b].cumsum() - 1)
             origin = ordinal[source[b].cpu()[row]]
-            if recycled is not None:
-                origin = origin.masked_fill(recycled[b].cpu()[row], -1)
+            for merged in merged_sources:
+                origin = origin.masked_fill(torch.isin(source[b].cpu()[row], merged[b].cpu()), -1)
         all_scores.append(None if scores is None or whole[b] else scores[b, :n])
         all_kept.append(kept)
         all_origin.append(origin)

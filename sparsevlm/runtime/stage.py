@@ -20,11 +20,13 @@ class ModuleInputs:
     """What scoring computed of a layer, for the layer to use.
 
     Attributes:
+        layer: which.
         normed: [B, L, D] its normalised input.
         raw_keys: [B, L, H_kv * d] output of its k_proj.
         keys: [B, H_kv, L, d] the same rotated.
     """
 
+    layer: int
     normed: Tensor
     raw_keys: Tensor
     keys: Tensor
@@ -69,7 +71,7 @@ class Stage:
             made = self.module_inputs()
             cos, sin = self._tables()
             query = self._heads(attention.q_proj(made.normed[:, -tail:]), attention, "q_norm")
-            query = p.family.rotate(query, query[:, :1], cos[:, -tail:], sin[:, -tail:])[0]
+            query = p.family.rotate(query, cos[:, -tail:], sin[:, -tail:])
             earlier = p.cached_keys(self.module)
             key = made.keys if earlier is None else torch.cat([earlier, made.keys], 2)
             mask = p.key_mask if p.key_mask is None else p.key_mask[:, -key.shape[2] :]
@@ -82,7 +84,7 @@ class Stage:
             normed = layer.input_layernorm(self.hidden)
             raw = layer.self_attn.k_proj(normed)
             key = self._heads(raw, layer.self_attn, "k_norm")
-            self.computed = ModuleInputs(normed, raw, rotate(key[:, :1], key, *self._tables())[1])
+            self.computed = ModuleInputs(self.module, normed, raw, rotate(key, *self._tables()))
         return self.computed
 
     def _tables(self) -> tuple[Tensor, Tensor]:

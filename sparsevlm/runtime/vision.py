@@ -1,0 +1,304 @@
+"""Acting before the language model: hooks on CLIP vision towers and on the projector.
+
+The projector gets T rows instead of N; what it makes of them is put into the first of the N slots that the prompt
+reserves for a picture, zeros into the others. A dropped token *is* a row of zeros, so nothing has to be remembered
+between encoding and the language model, whoever does either (generate() encodes before it expands beams).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from sparsevlm.runtime.families import Family
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A CLIP tower and how the model reads it.
+
+    Attributes:
+        module: the tower.
+        kind: "image" or "video"; a video's pictures are its frames.
+        layer: encoder layer whose output the features are.
+        grid: patches per side.
+        cls: whether the features contain the CLS token, as the first one.
+    """
+
+    module: nn.Module
+    kind: str
+    layer: int
+    grid: int
+    cls: bool
+
+    @property
+    def patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one picture in the prompt."""
+        return self.patches + self.cls
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Encoder layers up to the one whose output the features are."""
+        return self.module.encoder.layers[: self.layer + 1]
+
+
+def find_towers(family: Family, name: str) -> list[Tower]:
+    """The vision towers of a model.
+
+    Raises:
+        ValueError: the model has none, or not one that `name` can act in; says why.
+    """
+    config = getattr(family.outer, "config", None)
+    found = [
+        (kind, getattr(family.outer, attribute))
+        for attribute, kind in (("vision_tower", "image"), ("image_tower", "image"), ("video_tower", "video"))
+        if hasattr(family.outer, attribute)
+    ]
+    if not found:
+        raise ValueError(
+            f"method {name!r} acts in the vision tower or the projector; this {config.model_type!r} model has neither. "
+            "Use a LLaVA model, or a method that acts in the language model"
+        )
+    at = config.vision_feature_layer
+    if not isinstance(at, int):
+        raise ValueError(f"method {name!r} needs features of one layer; vision_feature_layer is {at}")
+    towers = []
+    for kind, module in found:
+        if module.config.model_type != "clip_vision_model":
+            raise ValueError(f"method {name!r} needs a CLIP vision tower, not {module.config.model_type!r}")
+        depth = module.config.num_hidden_layers
+        layer = at - 1 if at >= 0 else depth + at
+        if not 0 <= layer < depth:
+            raise ValueError(f"method {name!r}: vision_feature_layer {at} is no output of the tower's {depth} layers")
+        cls = kind == "video" or getattr(config, "vision_feature_select_strategy", "default") != "default"
+        towers.append(Tower(module, kind, layer, module.config.image_size // module.config.patch_size, cls))
+    return towers
+
+
+def share(budget: int, sizes: Sequence[int]) -> list[int]:
+    """Spend a budget evenly on pictures of the given sizes; earlier ones get what is left over, as far as it fits."""
+    counts, rest = [], budget
+    for i, size in enumerate(sizes):
+        counts.append(min(-(-rest // (len(sizes) - i)), size))
+        rest -= counts[-1]
+    for i, size in enumerate(sizes):
+        more = min(rest, size - counts[i])
+        counts[i] += more
+        rest -= more
+    return counts
+
+
+@dataclass
+class Pictures:
+    """What a method sees of n pictures that shall get the same number of tokens.
+
+    Attributes:
+        tower: where they come from.
+        features: [n, N, d] what the projector gets, or has made.
+        states: [n, 1 + P, d] output of the feature layer: CLS and all patches; None if not asked for.
+        queries, keys: [n, 1 + P, d] raw projections of that layer; None if not asked for.
+    """
+
+    tower: Tower
+    features: Tensor
+    states: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+    def __getitem__(self, rows: list[int]) -> Pictures:
+        if rows == list(range(self.features.shape[0])):
+            return self
+        parts = ("features", "states", "queries", "keys")
+        return replace(self, **{p: getattr(self, p)[rows] for p in parts if getattr(self, p) is not None})
+
+    def cls_attention(self) -> Tensor:
+        """[n, H, P] float32: what CLS pays each patch, of a softmax over all tokens; only its row is computed."""
+        attention = self.tower.blocks[-1].self_attn
+        return cls_row(attention, self.queries, self.keys)[..., 1:]
+
+    def mean_keys(self) -> Tensor:
+        """[n, 1 + P, d / H] keys averaged over heads."""
+        return mean_heads(self.keys, self.tower.blocks[-1].self_attn)
+
+
+def cls_row(attention: nn.Module, queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[n, H, t] softmaxed attention, in at least float32, of token 0 to all of [n, t, d] raw projections."""
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    q, k = (x.to(dtype).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (queries[:, :1], keys))
+    logits = (q @ k.transpose(2, 3))[:, :, 0] * attention.scale
+    return (logits if bias is None else logits + bias[:, None]).softmax(-1)
+
+
+def mean_heads(x: Tensor, attention: nn.Module) -> Tensor:
+    """[n, t, d / H] mean over the heads of [n, t, d] raw projections, in at least float32."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.unflatten(-1, (attention.num_heads, -1)).mean(2)
+
+
+@dataclass
+class Reduced:
+    """What a method makes of n pictures.
+
+    Attributes:
+        rows: [n, T, d] in the order in which the language model shall see them.
+        origin: [n, T] int64, the visual token that each row is, or is the centre of; -1 = none.
+        scores: [n, N] float scores of the visual tokens, None = the method has none.
+        extra: number of rows whose origin is -1.
+    """
+
+    rows: Tensor
+    origin: Tensor
+    scores: Tensor | None = None
+    extra: int = 0
+
+
+@dataclass
+class Encoding:
+    """One call of a tower: n pictures, the tokens each shall get, and what was made of them.
+
+    Attributes:
+        counts: tokens per picture.
+        prompts: number of pictures of each prompt, None = unknown.
+        groups: pictures by equal counts; empty if no picture loses anything.
+        reduced: per group.
+    """
+
+    tower: Tower
+    counts: list[int]
+    prompts: list[int] | None
+    groups: list[list[int]] = field(default_factory=list)
+    reduced: list[Reduced] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if any(count < self.tower.tokens for count in self.counts):
+            self.groups = [[i for i, c in enumerate(self.counts) if c == count] for count in sorted({*self.counts})]
+
+    def of_prompt(self, p: int) -> list[int]:
+        """Tokens of each picture of prompt p."""
+        first = sum(self.prompts[:p])
+        return self.counts[first : first + self.prompts[p]]
+
+    def extra(self, p: int) -> int:
+        """Tokens of prompt p that are none of its visual tokens (merged ones, CLS where the model does not use it)."""
+        first, last = sum(self.prompts[:p]), sum(self.prompts[: p + 1])
+        return sum(
+            made.extra * len([i for i in group if first <= i < last])
+            for group, made in zip(self.groups, self.reduced, strict=True)
+        )
+
+    def trace(self, p: int) -> tuple[Tensor | None, Tensor]:
+        """Scores [V] of the visual tokens of prompt p, and the kept ones among them [K] int64, ascending."""
+        first, scores, kept = sum(self.prompts[:p]), [], []
+        for k in range(self.prompts[p]):
+            group = next((g for g in self.groups if first + k in g), [])
+            if not group:
+                kept.append(torch.arange(self.tower.tokens) + k * self.tower.tokens)
+                continue
+            made, j = self.reduced[self.groups.index(group)], group.index(first + k)
+            origin = made.origin[j].cpu()
+            kept.append(origin[origin >= 0].sort().values + k * self.tower.tokens)
+            scores.append(None if made.scores is None else made.scores[j])
+        known = bool(scores) and all(s is not None for s in scores) and len(scores) == self.prompts[p]
+        return torch.cat(scores) if known else None, torch.cat(kept)
+
+
+class Vision:
+    """The hooks of one method on the towers and the projector of one model."""
+
+    def __init__(self, method, family: Family):
+        self.method, self.family = method, family
+        self.towers = find_towers(family, method.name)
+        self.tokens = max(t.tokens for t in self.towers)
+        self.pictures: list[dict[str, int]] | None = None  # of each prompt, by kind, as announced
+        self.announced = False
+        self.last: dict[str, Encoding] = {}
+        self.encoding: Encoding | None = None
+        self.captured: dict[str, Tensor] = {}
+
+    def handles(self) -> list[RemovableHandle]:
+        out = []
+        for tower in self.towers:
+            out.append(tower.module.register_forward_pre_hook(partial(self._enter, tower), with_kwargs=True))
+            if self.method.captures:
+                layer = tower.blocks[-1]
+                watched = {"states": layer, "queries": layer.self_attn.q_proj, "keys": layer.self_attn.k_proj}
+                out += [module.register_forward_hook(self._keeper(name)) for name, module in watched.items()]
+            out += self.method.tower_hooks(self, tower)
+        projector = self.family.outer.multi_modal_projector
+        out.append(projector.register_forward_pre_hook(self._before_projector))
+        out.append(projector.register_forward_hook(self._after_projector))
+        return out
+
+    def _keeper(self, name: str):
+        def keep(module: nn.Module, args: tuple, out) -> None:
+            self.captured[name] = out[0] if isinstance(out, tuple) else out
+
+        return keep
+
+    # ---- how many tokens each picture gets -------------------------------------------------------------------------
+    def announce(self, ids: Tensor) -> None:
+        """Count the pictures of each prompt of [B, L] ids. Waits for the device unless there is nothing to find out."""
+        config, kinds = self.family.outer.config, {t.kind: t for t in self.towers}
+        self.announced, self.pictures, self.last = True, None, {}
+        if ids.device.type == "meta" or (ids.shape[0] == 1 and len(kinds) == 1):
+            return  # all pictures belong to the one prompt
+        rows = torch.stack([(ids == getattr(config, f"{kind}_token_id")).sum(1) for kind in kinds], 1).tolist()
+        sizes = [t.tokens for t in kinds.values()]
+        self.pictures = [
+            dict(zip(kinds, (c // s for c, s in zip(row, sizes, strict=True)), strict=True)) for row in rows
+        ]
+
+    def _counts(self, tower: Tower, n: int) -> tuple[list[int], list[int] | None]:
+        """Tokens of each of n pictures, and the pictures of each prompt."""
+        if not self.announced:  # somebody encodes by himself: every picture is taken for a prompt of its own
+            return self.method.spend([tower.tokens]) * n, None
+        prompts = self.pictures or [{tower.kind: n}]
+        sizes = {t.kind: t.tokens for t in self.towers}
+        counts = []
+        for prompt in prompts:
+            kinds = [kind for kind in sizes for _ in range(prompt.get(kind, 0))]
+            spent = self.method.spend([sizes[kind] for kind in kinds]) if kinds else []
+            counts += [c for c, kind in zip(spent, kinds, strict=True) if kind == tower.kind]
+        if len(counts) != n:
+            raise ValueError(f"{n} pictures ({tower.kind}) were given, the prompts have room for {len(counts)}")
+        return counts, [p.get(tower.kind, 0) for p in prompts]
+
+    # ---- hooks -----------------------------------------------------------------------------------------------------
+    def _enter(self, tower: Tower, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        pixels = args[0] if args else kwargs["pixel_values"]
+        self.captured = {}
+        counts, prompts = self._counts(tower, pixels.shape[0])
+        self.encoding = self.last[tower.kind] = Encoding(tower, counts, prompts)
+
+    def _make(self, features: Tensor) -> Encoding:
+        e = self.encoding
+        pictures = Pictures(e.tower, features, **self.captured)
+        e.reduced = self.method.encode(pictures, e)
+        return e
+
+    def _before_projector(self, module: nn.Module, args: tuple) -> tuple[Tensor] | None:
+        if self.encoding is None or not self.encoding.groups or self.method.after_projector:
+            return None
+        return (torch.cat([made.rows.flatten(0, 1) for made in self._make(args[0]).reduced]),)
+
+    def _after_projector(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        if self.encoding is None or not self.encoding.groups:
+            self.encoding = None
+            return None
+        if self.method.after_projector:
+            out = torch.cat([made.rows.flatten(0, 1) for made in self._make(out).reduced])
+        e, self.encoding, self.captured = self.encoding, None, {}
+        order = [i for group in e.groups for i in group]
+        parts = out.split([e.counts[i] for i in order])
+        parts = [F.pad(rows, (0, 0, 0, e.tower.tokens - rows.shape[0])) for rows in parts]
+        return torch.stack([parts[order.index(i)] for i in range(len(order))])
