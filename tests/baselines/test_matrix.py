@@ -34,6 +34,7 @@ class Row:
 METHODS = {
     "fastv": Row(),
     "none": Row(options={}, full={"budget": 12}),
+    "pyramiddrop": Row(),
     "random": Row(),
     "random_layer": Row(),
     "sparsevlm": Row(),
