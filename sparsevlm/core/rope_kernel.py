@@ -1,4 +1,4 @@
-"""The RoPE kernel that SparseVLM+ divides attention by ("attention gravity", authors' modelling_sparse_llama.py:242-251)."""
+"""The RoPE kernel that SparseVLM+ divides attention by ("gravity", authors' modelling_sparse_llama.py:242-251)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rotated_ones(cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE applied to a vector of ones: [..., d] tables -> [..., d] float32. Half-split layout (Llama, Qwen, Mistral)."""
+    """RoPE applied to ones: [..., d] tables -> [..., d] float32. Half-split layout (Llama, Qwen, Mistral)."""
     half = cos.shape[-1] // 2
     sign = torch.ones(cos.shape[-1], device=cos.device)
     sign[:half] = -1
