@@ -54,13 +54,18 @@ def looks(labels: list[str]) -> dict[str, dict]:
     }
 
 
+def styled():
+    """The common style, as a decorator of functions that draw or as a context: `@styled()`, `with styled():`."""
+    return rc_context(RC)
+
+
 def figure(height: float = 2.3, width: float = COLUMN_INCHES, rows: int = 1, columns: int = 1):
-    """A figure and its axes, in the common style; sizes in inches. Made without pyplot, so no display is needed."""
-    with rc_context(RC):
-        fig = Figure(figsize=(width, height), layout="constrained")
-        return fig, fig.subplots(rows, columns)
+    """A figure and its axes; sizes in inches. Made without pyplot, so no display is needed."""
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(rows, columns)
 
 
+@styled()
 def save(fig: Figure, folder: Path, name: str) -> list[Path]:
     """Write `<name>.png` and `<name>.pdf` and return both paths.
 
@@ -68,7 +73,6 @@ def save(fig: Figure, folder: Path, name: str) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.pdf"]
-    with rc_context(RC):
-        fig.savefig(paths[0], metadata={"Software": None})
-        fig.savefig(paths[1], metadata={"CreationDate": None})
+    fig.savefig(paths[0], metadata={"Software": None})
+    fig.savefig(paths[1], metadata={"CreationDate": None})
     return paths
