@@ -32,7 +32,9 @@ class Row:
 
 
 METHODS = {
+    "dart": Row(),
     "fastv": Row(),
+    "ficoco_l": Row(),
     "none": Row(options={}, full={"budget": 12}),
     "pyramiddrop": Row(),
     "random": Row(),

@@ -1,0 +1,203 @@
+"""FiCoCo-L: filter, correlate, compress in the language model (Han et al., AAAI 2026, https://arxiv.org/abs/2411.17686).
+
+On the output of every layer from `start` on (but the last), `r` visual tokens are folded into the others. With A the
+layer's attention averaged over its heads, i and j visual tokens, k text tokens after the image:
+
+1. Filter: redundancy s_i = beta * mean_j A_ij - (1 - beta) * mean_k A_ki; the r largest are discarded.
+2. Correlate: C_ij = gamma * A_ij + (1 - gamma) * sum_k A_ki A_kj; a discarded i goes to all kept j whose C_ij is at
+   least the epsilon-quantile of its row.
+3. Compress: alpha_ij = C_ij / sum_j C_ij over these, and x_j <- (x_j + sum_i alpha_ij x_i) / (1 + sum_i alpha_ij).
+
+The paper is implemented, with its constants, not the released code, whose FiCoCo-L cannot be imported and differs
+elsewhere: logits before the softmax and without the causal mask, the first term of (1) summed, not averaged, one number
+of targets for all tokens, weights normalised over discarded targets too, no division by 1 + sum alpha.
+
+Choices where the paper is silent or cannot hold in a causal model:
+- A visual token comes before the text, so its attention to it, A_ik, is zero. The attention that it *receives* from the
+  text stands in the second terms of (1) and (2). A_ij is the model's own: zero for j behind i.
+- The paper's "4th layer" is index 4 of 32, as its "12th" of FiCoCo-V is index 12 in the code (which has 5 here).
+- Attention is that of the layer, states are its output: the reduction stands between two layers.
+- A budget solves for r, which then is no whole number: after i layers r * i tokens, rounded, are gone, at least one
+  stays. `start` moves to earlier layers where those before it would take up more than 0.8 of the budget; with start=4
+  the floor is 72.9 of 576 tokens, so the paper's smallest setting needs that.
+- Position ids are renumbered, as in the released code.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparsevlm.budget import (
+    Schedule,
+    check_budget,
+    check_layers,
+    explicit_schedule,
+    nearest,
+    scale_layers,
+    start_earlier,
+)
+from sparsevlm.core.packing import take
+from sparsevlm.core.raters import select_raters
+from sparsevlm.core.scores import rank_by_score
+from sparsevlm.methods.base import Method, one_of
+from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.prefill import Prefill
+from sparsevlm.runtime.stage import Stage
+
+_START = 4  # of 32
+
+
+@dataclass
+class FiCoCoL(Method):
+    """FiCoCo-L.
+
+    Attributes:
+        start: first layer (0-based) on whose output tokens are reduced. None = 4 of 32, scaled to the model's depth.
+        r: visual tokens discarded per layer, instead of a budget.
+        beta, gamma, epsilon: the paper's constants.
+        positions: "renumber" (the authors' code) or "original".
+    """
+
+    start: int | None = None
+    r: float | None = None
+    beta: float = 0.6
+    gamma: float = 0.6
+    epsilon: float = 0.998
+    positions: str = "renumber"
+
+    name: ClassVar[str] = "ficoco_l"
+    needs_text: ClassVar[bool] = True
+    early_drop: ClassVar[bool] = False  # the output of discarded tokens is needed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self.positions, ("renumber", "original"), "positions")
+        for option in ("beta", "gamma", "epsilon"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise ValueError(f"{option} {getattr(self, option)} is a share between 0 and 1")
+        if self.r is not None and self.budget is not None:
+            raise ValueError("give either a budget or r, not both")
+        if self.r is not None and self.r < 0:
+            raise ValueError(f"r {self.r} is a number of tokens to discard per layer, at least 0")
+        self._folds: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: visual_index and weights [B, kept, discarded]
+
+    def check(self, family: Family) -> None:
+        if self.start is not None:
+            check_layers((self.start,), family.n_layers)
+
+    def plan(self, n_visual: int, n_layers: int) -> Schedule:
+        if self.r is not None:
+            start = scale_layers(n_layers, (_START,))[0] if self.start is None else self.start
+            return _constant(n_visual, n_layers, start, self.r)
+        if self.budget in (None, "full"):
+            return super().plan(n_visual, n_layers)
+        return _solve(self.budget, n_visual, n_layers, self.start)
+
+    def hooks(self, family: Family) -> list[RemovableHandle]:
+        """Before each layer, and before the runtime drops the discarded tokens: fold them into the kept ones."""
+        return [
+            layer.register_forward_pre_hook(partial(self._compress, i - 1), with_kwargs=True, prepend=True)
+            for i, layer in enumerate(family.decoder.layers)
+        ]
+
+    def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
+        self._folds = {}
+        text = embeddings[:, embeddings.shape[1] - prefill.tail :]
+        prefill.set_raters(select_raters(text, text, None, prefill.text_valid, "all"))
+
+    def score(self, stage: Stage) -> Tensor:
+        prefill = stage.prefill
+        keep = self.keep_counts(stage)
+        rows = stage.attention(stage.hidden.shape[1]).mean(1)  # [B, L, S]
+        visual = stage.visual_columns(take(rows, stage.visual_index))  # A_ij [B, V, V]
+        text = stage.visual_columns(rows[:, rows.shape[1] - prefill.tail :])  # A_kj [B, T, V]
+        weights = prefill.weights.to(rows.dtype)
+        text_mean = (weights[:, None] @ text)[:, 0]
+        if stage.visual_valid is not None:
+            visual = visual.masked_fill(~stage.visual_valid[:, None], 0)
+        count = torch.tensor(stage.n_visual, device=rows.device).clamp(min=1)[:, None]
+        redundancy = self.beta * visual.sum(-1) / count - (1 - self.beta) * text_mean
+        text = text * (weights > 0)[..., None]
+        correlation = self.gamma * visual + (1 - self.gamma) * text.transpose(1, 2) @ text
+        kept = _best(-redundancy, stage.visual_valid, keep)
+        discarded = ~kept if stage.visual_valid is None else ~kept & stage.visual_valid
+        folded = fold_weights(correlation, kept, discarded, keep, self.epsilon)
+        self._folds[stage.layer] = stage.visual_index, folded
+        return -redundancy
+
+    def _compress(self, layer: int, module: nn.Module, args: tuple, kwargs: dict):
+        if layer not in self._folds:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        index, weights = (t.to(hidden.device) for t in self._folds.pop(layer))
+        tokens = take(hidden, index)
+        mixed = (tokens + weights.mT @ tokens.to(weights.dtype)) / (1 + weights.sum(1))[..., None]
+        hidden = hidden.scatter(1, index[..., None].expand_as(tokens), mixed.to(hidden.dtype))
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+def fold_weights(correlation: Tensor, kept: Tensor, discarded: Tensor, keep: list[int], epsilon: float) -> Tensor:
+    """alpha: how much of each discarded token each kept one takes up.
+
+    Args:
+        correlation: [B, V, V], of the row's token with the column's; not negative.
+        kept, discarded: [B, V] bool.
+        keep: number of kept tokens per sample, known to the host.
+        epsilon: quantile of a row's correlations with kept tokens from which on these are targets.
+
+    Returns:
+        [B, V, V]: rows of discarded tokens sum to one over kept columns (to zero if all correlations are zero).
+    """
+    among = correlation.masked_fill(~kept[:, None], float("-inf"))
+    # the values not below the quantile between two of them are those not below the upper one
+    rank = [max(n - 1 - math.ceil(epsilon * (n - 1)), 0) for n in keep]
+    rank = torch.tensor(rank, device=correlation.device)[:, None, None].expand(-1, correlation.shape[1], 1)
+    threshold = among.sort(dim=-1, descending=True).values.gather(-1, rank)
+    chosen = (among >= threshold) & kept[:, None] & discarded[..., None]
+    alpha = correlation * chosen
+    return alpha / alpha.sum(-1, keepdim=True).clamp(min=torch.finfo(alpha.dtype).tiny)
+
+
+def _best(score: Tensor, valid: Tensor | None, keep: list[int]) -> Tensor:
+    """[B, V] bool: the `keep` highest scores of each sample."""
+    order = rank_by_score(score, valid)
+    column = torch.arange(score.shape[1], device=score.device)
+    inside = column < torch.tensor(keep, device=score.device)[:, None]
+    return torch.zeros_like(inside).scatter(1, order, inside)
+
+
+def _constant(n_visual: int, n_layers: int, start: int, r: float) -> Schedule:
+    """r tokens fewer after each layer from `start` on, rounded, until one is left; the layers where this makes a change."""
+    layers, keep, count = [], [], n_visual
+    for layer in range(start, n_layers - 1):
+        left = max(1, n_visual - int(r * (layer - start + 1) + 0.5))
+        if left < count:
+            layers.append(layer), keep.append(left)
+            count = left
+    return explicit_schedule(n_visual, n_layers, tuple(layers), tuple(keep))
+
+
+@lru_cache(maxsize=4096)
+def _solve(budget: int, n_visual: int, n_layers: int, start: int | None) -> Schedule:
+    check_budget(budget, n_visual)
+    if start is None:
+        start = start_earlier(scale_layers(n_layers, (_START,))[0], budget, n_visual, n_layers)
+    check_layers((start,), n_layers)
+
+    def schedule(share: float) -> Schedule:
+        return _constant(n_visual, n_layers, start, (n_visual - 1) * (1 - share))
+
+    floor = schedule(0.0).leaving
+    if budget < floor:
+        raise ValueError(
+            f"budget {budget} is out of reach of FiCoCo-L from layer {start} on: the layers before it see all "
+            f"{n_visual} visual tokens, so the mean is at least {floor:.1f}. Use a smaller start"
+        )
+    return nearest(schedule, lambda s: s.leaving, budget)
