@@ -63,7 +63,7 @@ def match(
 
 def most_removable(tokens: int, protect_first: bool) -> int:
     """Tokens that one pass can remove: those of A, and none if there is no B to merge them into."""
-    return tokens - tokens // 2 - protect_first if tokens > 1 else 0
+    return tokens - tokens // 2 - int(protect_first) if tokens > 1 else 0
 
 
 def merge_sum(x: Tensor, matching: Matching) -> Tensor:
@@ -87,19 +87,12 @@ def survivors(index: Tensor, matching: Matching) -> Tensor:
 
 
 def merge_schedule(tokens: int, left: int, blocks: int) -> list[int]:
-    """Tokens to merge away in each of `blocks` passes so that `left` of `tokens` stay (a protected one not counted).
+    """Tokens to merge away in each of `blocks` blocks so that `left` of `tokens` stay (a protected one not counted).
 
     They are spread evenly, floors and ceilings in turn. As a pass can only halve, late passes that could not do their
-    share do what they can, and earlier ones do the rest.
-
-    Raises:
-        ValueError: even halving every time leaves more.
+    share do what they can, and earlier ones do the rest. Only if halving every time leaves more than `left`, the first
+    entry is more than one pass can do.
     """
-    least = -(-tokens // 2**blocks)
-    if left < least:
-        raise ValueError(
-            f"{blocks} merging blocks can at most halve {tokens} tokens each time: at least {least} are left, not {left}"
-        )
     after = [tokens - ((tokens - left) * (i + 1) * 2 + blocks) // (2 * blocks) for i in range(blocks)]
     after[-1] = left
     for i in reversed(range(blocks - 1)):

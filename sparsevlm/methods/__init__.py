@@ -1,4 +1,4 @@
-"""Registry of methods: every module of this package but `base` is one method, named like its file.
+"""Registry of methods: every module of this package but `base` and `_...` is one method, named like its file.
 
 The package itself can be called: `sparsevlm.methods()` lists the names.
 """
@@ -17,7 +17,7 @@ from sparsevlm.methods.base import Method
 
 def names() -> list[str]:
     """Names of all methods, sorted."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base" and m.name[0] != "_")
 
 
 def method_class(name: str) -> type[Method]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sparsevlm.runtime.families import Family
     from sparsevlm.runtime.prefill import Prefill
     from sparsevlm.runtime.stage import Stage
-    from sparsevlm.runtime.trace import Trace
+    from sparsevlm.runtime.trace import StageRecord, Trace
 
 
 @dataclass
@@ -70,6 +70,9 @@ class Method:
         """Further hooks of a method that acts in the vision tower or projector; they are removed with ours."""
         return []
 
+    def announce(self, input_ids: Tensor) -> None:
+        """Called before pictures are encoded, with the new tokens [B, L] of the prompts that they belong to."""
+
     def plan(self, n_visual: int, n_layers: int) -> Schedule:
         """The schedule for a prompt; by default nothing is dropped.
 
@@ -88,6 +91,9 @@ class Method:
     def keep_counts(self, stage: Stage) -> list[int]:
         """Tokens to keep per sample; only adaptive methods override this."""
         return [s.at(stage.layer, n)[0] for s, n in zip(stage.prefill.schedules, stage.n_visual, strict=True)]
+
+    def annotate(self, record: StageRecord, prefill: Prefill) -> None:
+        """Called with the trace's record of each stage, for what the runtime cannot know about it."""
 
     def merge_tokens(self, tokens: Tensor, clusters: Tensor, width: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Centres [B, width] and weights [B, width, m] that merge recycled tokens [B, m, D] into `width`."""

@@ -31,8 +31,11 @@ class Row:
     refuses: dict[str, str] = field(default_factory=dict)
 
 
+NO_TOWER = {"text": "acts in the vision tower"}
 METHODS = {
     "dart": Row(),
+    "divprune": Row(refuses=NO_TOWER),
+    "fastervlm": Row(refuses=NO_TOWER),
     "fastv": Row(),
     "ficoco_l": Row(),
     "none": Row(options={}, full={"budget": 12}),
@@ -42,6 +45,9 @@ METHODS = {
     "sparsevlm": Row(),
     "sparsevlm_plus": Row({"budget": 12, "kernel_floor": 0.1}),
     "sparsevlm_rank": Row({"layers": (1, 3, 5), "lam": 0.9}, {"layers": (1, 3, 5), "lam": 0.0}),
+    "tome": Row(refuses=NO_TOWER),
+    "visionzip": Row(refuses=NO_TOWER),
+    "vispruner": Row(refuses=NO_TOWER),
 }
 CASES = [(m, a) for m, a in product(METHODS, NAMES) if a not in METHODS[m].refuses]
 REFUSALS = [(m, a) for m in METHODS for a in METHODS[m].refuses]

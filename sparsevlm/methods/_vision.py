@@ -1,0 +1,140 @@
+"""Base of the methods that act before the language model: in the vision tower, or on what it hands to the projector.
+
+Budget: all pictures of a prompt share it evenly (images, or the frames of a video; where it does not divide, earlier
+pictures get one more). In the language model the method appears as a stage at layer -1. Positions are renumbered, as in
+a shorter prompt; a picture's tokens come in the order in which the method's authors hand them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from sparsevlm.budget import Schedule, check_budget, explicit_schedule
+from sparsevlm.core.packing import take
+from sparsevlm.methods.base import Method
+from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.prefill import Prefill
+from sparsevlm.runtime.stage import Stage
+from sparsevlm.runtime.trace import StageRecord
+from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision, find_towers, share
+
+
+@dataclass
+class VisionMethod(Method):
+    """A subclass overrides `reduce`, or `tower_hooks` and `encode` if it changes the tower itself."""
+
+    positions: ClassVar[str] = "renumber"
+    captures: ClassVar[bool] = False  # needs states, queries and keys of the feature layer
+    after_projector: ClassVar[bool] = False  # works on what the projector makes instead of what it gets
+
+    # ---- what a method says ----------------------------------------------------------------------------------------
+    @property
+    def active(self) -> bool:
+        """Whether anything is to be dropped."""
+        return self.budget not in (None, "full")
+
+    def spend(self, sizes: Sequence[int]) -> list[int]:
+        """Tokens for each picture of a prompt, of pictures with these numbers of visual tokens.
+
+        Raises:
+            ValueError: a budget above their sum, or one that the method cannot express.
+        """
+        return share(check_budget(self.budget, sum(sizes)), sizes)
+
+    def tower_hooks(self, vision: Vision, tower: Tower) -> list[RemovableHandle]:
+        """Further hooks on a tower."""
+        return []
+
+    def encode(self, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
+        """Rows for each group of pictures that get the same number of tokens."""
+        return [self._group(pictures[group], encoding.counts[group[0]]) for group in encoding.groups]
+
+    def _group(self, pictures: Pictures, count: int) -> Reduced:
+        n, tokens = pictures.features.shape[:2]
+        if count in (0, tokens):
+            origin = torch.arange(count, device=pictures.features.device).expand(n, -1)
+            return Reduced(pictures.features[:, :count], origin)
+        return self.reduce(pictures, count)
+
+    def reduce(self, pictures: Pictures, count: int) -> Reduced:
+        """`count` rows for each picture; 0 < count < number of its visual tokens."""
+        raise NotImplementedError
+
+    # ---- what the runtime asks -------------------------------------------------------------------------------------
+    def check(self, family: Family) -> None:
+        find_towers(family, self.name)
+
+    def hooks(self, family: Family) -> list[RemovableHandle]:
+        if not self.active:
+            return []
+        self._vision = Vision(self, family)
+        return self._vision.handles()
+
+    def announce(self, input_ids: Tensor) -> None:
+        if self.active:
+            self._vision.announce(input_ids)
+
+    def plan(self, n_visual: int, n_layers: int) -> Schedule:
+        if not self.active:
+            return super().plan(n_visual, n_layers)
+        check_budget(self.budget, n_visual)
+        pictures = max(1, round(n_visual / self._vision.tokens))
+        keep = sum(self.spend([self._vision.tokens] * pictures))
+        return explicit_schedule(n_visual, n_layers, (-1,), (keep,))
+
+    def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
+        if not self.active:
+            return
+        vision = self._vision
+        vision.announced, vision.pictures = False, None
+        for b, (n, schedule) in enumerate(zip(prefill.n_visual, prefill.schedules, strict=True)):
+            if n and schedule.keep[0] < n and schedule.keep[0] != self._made(prefill.batch, b, n):
+                raise ValueError(
+                    f"method {self.name!r} acts while pictures are encoded, and these were encoded without it or "
+                    "without their prompt; pass input_ids and pixel values together, inside the `with` block"
+                )
+
+    def _made(self, batch: int, b: int, n_visual: int) -> int | None:
+        """Tokens that were made of the pictures of sample b; None if that cannot be told."""
+        total = 0
+        for e in self._vision.last.values():
+            if e.prompts is None and n_visual > e.tower.tokens:
+                return None
+            total += e.counts[0] if e.prompts is None else sum(e.of_prompt(b * len(e.prompts) // batch))
+        return total
+
+    def score(self, stage: Stage) -> Tensor:
+        """1 for rows that were filled, 0 for the zeros of dropped tokens."""
+        return (take(stage.hidden, stage.visual_index) != 0).any(-1).float()
+
+    def annotate(self, record: StageRecord, prefill: Prefill) -> None:
+        """Let the trace tell which visual tokens the rows are, instead of which slots they took."""
+        encodings = list(self._vision.last.values()) if self.active else []
+        if not encodings or any(e.prompts is None for e in encodings):
+            return
+        samples = []
+        for b in range(prefill.batch):
+            own = [(e, p) for e in encodings if e.prompts[p := b * len(e.prompts) // prefill.batch]]
+            if len(own) > 1:
+                return  # images and video in one prompt: their order is not known here
+            samples.append(own[0] if own else None)
+        default = record._details
+        record.recycled = [0 if s is None else s[0].extra(s[1]) for s in samples]
+        record._details = partial(_details, default, samples)
+
+
+def _details(default: Callable, samples: list[tuple[Encoding, int] | None]) -> tuple[list, list, list]:
+    """Scores, kept and origin per sample, as in `StageRecord`."""
+    scores, kept, origin = default()
+    for b, sample in enumerate(samples):
+        if sample is not None:
+            scores[b], kept[b] = sample[0].trace(sample[1])
+            origin[b] = kept[b]
+    return scores, kept, origin
