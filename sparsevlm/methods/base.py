@@ -108,7 +108,7 @@ def int_tuple(value: Sequence[int] | int | None, what: str) -> tuple[int, ...] |
     """
     if value is None:
         return None
-    items = [value] if isinstance(value, int) else list(value)
+    items = [value] if isinstance(value, (int, float)) else list(value)
     try:
         out = tuple(int(v) for v in items)
     except (TypeError, ValueError):

@@ -17,7 +17,8 @@ refused. For a model of another depth a layer l (counted from 1) of 32 becomes f
 64, 0.19, and the multiply-adds of the PDrop row of SparseVLM's Table 1.
 
 Deviations from the authors' code: a prompt without text after the image stays whole; at least one token is kept;
-attention is float32 in half precision, equal scores go by index; several images of a prompt are ranked together.
+attention is float32 in half precision, equal scores go by index; several images of a prompt are ranked together; in a
+second turn, which their code does not have, scores use the position ids of the stage's layer, not of the next one.
 """
 
 from __future__ import annotations

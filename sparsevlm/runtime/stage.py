@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsevlm.core.packing import take
 from sparsevlm.core.scores import attention_rows
+from sparsevlm.runtime.cache_state import extended, state_of
 
 if TYPE_CHECKING:
     from sparsevlm.runtime.prefill import Prefill
@@ -72,9 +73,12 @@ class Stage:
             cos, sin = self._tables()
             query = self._heads(attention.q_proj(made.normed[:, -tail:]), attention, "q_norm")
             query = p.family.rotate(query, cos[:, -tail:], sin[:, -tail:])
-            earlier = p.cached_keys(self.module)
-            key = made.keys if earlier is None else torch.cat([earlier, made.keys], 2)
-            mask = p.key_mask if p.key_mask is None else p.key_mask[:, -key.shape[2] :]
+            key, mask, earlier = made.keys, p.key_mask, p.cached_keys(self.module)
+            if earlier is not None:  # what the cache of `module` holds may differ from that of the layer before
+                held = state_of(p.cache).at(self.module).key_mask
+                new = None if mask is None else mask[:, -p.length :]
+                mask = extended(held, earlier.shape[2], new, *self.hidden.shape[:2], self.hidden.device)
+                key = torch.cat([earlier, key], 2)
             return attention_rows(query, key, attention.scaling, mask, p.family.window(self.module))
 
     def module_inputs(self) -> ModuleInputs:
