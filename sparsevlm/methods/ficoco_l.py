@@ -174,7 +174,7 @@ def _best(score: Tensor, valid: Tensor | None, keep: list[int]) -> Tensor:
 
 
 def _constant(n_visual: int, n_layers: int, start: int, r: float) -> Schedule:
-    """r tokens fewer, rounded, after each layer from `start` on until one is left; layers without change are left out."""
+    """r tokens fewer after each layer from `start` on, in sum rounded, until one is left; only layers with a change."""
     layers, keep, count = [], [], n_visual
     for layer in range(start, n_layers - 1):
         left = max(1, n_visual - int(r * (layer - start + 1) + 0.5))
