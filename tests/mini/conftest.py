@@ -1,9 +1,8 @@
-"""Everything here runs without a network; caches of the hub libraries go to a temporary folder."""
+"""Caches of the hub libraries go to a temporary folder."""
 
 import os
 import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 if "HF_HOME" not in os.environ:
     _home = tempfile.TemporaryDirectory(prefix="hf-home-")  # removed at exit
     os.environ["HF_HOME"] = _home.name

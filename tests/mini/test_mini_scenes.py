@@ -30,6 +30,23 @@ RECORDED = [
 ]
 
 
+# patches of some of them
+RECORDED_PATCHES = {
+    0: [35, 36, 59, 60],
+    3: [499, 500, 523, 524, 547, 548],
+    4: [221, 245],
+    8: [208, 209, 231, 232, 233, 256, 257],
+    9: [210, 211, 234, 235, 258, 259],
+    11: [78, 79, 103],
+}
+# grid -> number of objects for seeds 0, 1, ...
+RECORDED_COUNTS = {
+    8: [3, 2, 4, 2, 2, 4, 3, 2, 3, 2, 4, 4, 3, 3, 4, 3, 2, 2, 4, 3, 4, 3, 4, 3, 4, 2, 3, 4, 3, 4, 5, 4, 4, 3, 3, 3],
+    12: [6, 5, 4, 7, 4, 5, 8, 8, 8, 6, 5, 7, 5, 6, 7, 8, 5, 8, 5, 7, 5, 5, 4, 4, 6, 4, 5, 7, 5, 4, 5, 4, 4, 6, 8, 6],
+    24: [15, 19, 19, 18, 20, 13, 22, 18, 17, 13, 14, 19, 23, 19, 21, 14, 21, 17, 20, 13, 11, 13, 10, 10, 19, 16, 11],
+}
+
+
 @pytest.fixture(scope="module")
 def generator():
     return SceneGenerator("test")
@@ -78,8 +95,13 @@ def test_same_random_state_same_scene(generator, grid):
 
 def test_the_draws_are_those_the_shipped_weights_were_trained_on(generator):
     """Objects as recorded from the generator that the training used (only integers: no rounding to depend on)."""
-    objects = generator.draw(np.random.RandomState(0)).objects
-    assert [(o.kind, o.color, o.x, o.y, o.size, o.neighbour, o.second_digit) for o in objects] == RECORDED
+    scene = generator.draw(np.random.RandomState(0))
+    objects = [(o.kind, o.color, o.x, o.y, o.size, o.neighbour, o.second_digit) for o in scene.objects]
+    assert objects == RECORDED
+    assert {i: scene.patches_of((i,)) for i in RECORDED_PATCHES} == RECORDED_PATCHES
+    for grid, counts in RECORDED_COUNTS.items():
+        drawn = [len(generator.draw(np.random.RandomState(seed), grid).objects) for seed in range(len(counts))]
+        assert drawn == counts
 
 
 def test_labels_agree_with_each_other_and_with_the_objects(scenes):

@@ -145,6 +145,9 @@ def test_stage_two_leaves_the_tower_alone_and_trains_everything_else():
     learner.loss(SceneBatches("train", 0, 0, BatchShape(8, 1, 2))[0]).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == ("vision_tower" in name), name
+    by_muon = {id(p) for group in learner.optimizers[0].param_groups for p in group["params"]}
+    parts = (model.model.language_model.layers, model.model.multi_modal_projector)
+    assert by_muon == {id(p) for part in parts for p in part.parameters() if p.ndim == 2}
     trained = {id(p) for optimizer in learner.optimizers for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for n, p in model.named_parameters() if "vision_tower" not in n}
 

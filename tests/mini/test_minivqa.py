@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from eval.tasks import minivqa
+from eval.tasks.minivqa import dataset
 from eval.tasks.minivqa.dataset import build_dataset, rows, task_override
 from eval.tasks.minivqa.utils import normalise, process_results
 from sparsevlm.mini.questions import TYPES
@@ -44,6 +45,19 @@ def test_same_seed_same_rows_other_seed_other_rows_smaller_set_is_a_prefix():
     assert list(rows(seed=3, n=16))[:12] == first
     other = list(rows(seed=4, n=12))
     assert all(a["image"] != b["image"] for a, b in zip(first, other, strict=True))
+
+
+def test_pictures_show_digits_of_the_test_split(monkeypatch):
+    splits = []
+
+    class Recorder(dataset.SceneGenerator):
+        def __init__(self, split):
+            splits.append(split)
+            super().__init__(split)
+
+    monkeypatch.setattr(dataset, "SceneGenerator", Recorder)
+    list(rows(seed=0, n=1))
+    assert splits == ["test"]
 
 
 def test_any_beginning_is_balanced_over_the_types_and_pictures_differ():
