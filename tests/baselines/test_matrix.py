@@ -35,9 +35,11 @@ NO_TOWER = {"text": "acts in the vision tower"}
 METHODS = {
     "dart": Row(),
     "divprune": Row(refuses=NO_TOWER),
+    "downsample": Row({"side": 2}, refuses=NO_TOWER),
     "fastervlm": Row(refuses=NO_TOWER),
     "fastv": Row(),
     "ficoco_l": Row(),
+    "folder": Row(refuses=NO_TOWER),
     "none": Row(options={}, full={"budget": 12}),
     "pyramiddrop": Row(),
     "random": Row(),
