@@ -139,6 +139,13 @@ def cls_row(attention: nn.Module, queries: Tensor, keys: Tensor, bias: Tensor | 
     return (logits if bias is None else logits + bias[:, None]).softmax(-1)
 
 
+def mean_attention(attention: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
+    """[n, t, t] softmaxed attention, mean over heads, in at least float32; for methods that need all of it."""
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    q, k = (x.to(dtype).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (queries, keys))
+    return (q @ k.transpose(2, 3) * attention.scale).softmax(-1).mean(1)
+
+
 def mean_heads(x: Tensor, attention: nn.Module) -> Tensor:
     """[n, t, d / H] mean over the heads of [n, t, d] raw projections, in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -39,6 +39,7 @@ METHODS = {
     "fastervlm": Row(refuses=NO_TOWER),
     "fastv": Row(),
     "ficoco_l": Row(),
+    "ficoco_v": Row(refuses=NO_TOWER),
     "folder": Row(refuses=NO_TOWER),
     "none": Row(options={}, full={"budget": 12}),
     "pyramiddrop": Row(),
