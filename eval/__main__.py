@@ -1,6 +1,6 @@
 """lmms-eval's own command line with our model class and tasks, and honest exit statuses.
 
-    python -m eval.tasks.minivqa.dataset                          # once: makes the questions of minivqa
+    python -m eval.tasks.minivqa                                  # once: makes the questions of minivqa
     python -m eval --model sparsevlm --model_args pretrained=mini,method=sparsevlm,budget=192,batch_size=8 \
         --tasks minivqa --limit 64 --output_path out --log_samples
 
@@ -16,6 +16,7 @@ import sys
 
 from lmms_eval import __main__ as lmms_cli
 from lmms_eval.models import MODEL_REGISTRY_V2
+from lmms_eval.utils import make_table
 
 from eval.plugin import manifests
 from eval.tasks import FOLDER
@@ -30,7 +31,7 @@ def main() -> int:
         args.include_path = str(FOLDER)
     results, _ = lmms_cli.cli_evaluate_single(args)
     if results is not None:
-        lmms_cli.print_results(args, results)
+        print(make_table(results))  # its own print_results looks for the function in the wrong module
     return 0
 
 

@@ -1,0 +1,116 @@
+"""What only a process of its own shows: starting from another directory, exit statuses, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from eval.run import CONFIGS
+
+RUN = [sys.executable, "-m", "eval.run"]
+
+
+def environment() -> dict:
+    return {**os.environ, "PYTHONPATH": str(CONFIGS.parent), "OMP_NUM_THREADS": "1"}
+
+
+def test_from_another_directory(tmp_path):
+    command = [*RUN, "method=sparsevlm", "budget=0"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: budget 0 is below 1; it counts the mean visual tokens per layer (or use 'full')\n"
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_and_started_again(tmp_path, how):
+    command = [*RUN, "method=none", "limit=40", "batch_size=2"]
+    started = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (kept := sum(p.read_bytes().count(b"\n") for p in tmp_path.glob("results/runs/.*.partial/ledger.jsonl"))):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    started.send_signal(how)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == (130 if how == signal.SIGTERM else -how)
+    if how == signal.SIGTERM:
+        assert "the same command goes on from there" in err and "Traceback" not in err
+    (partial,) = (tmp_path / "results/runs").iterdir()
+    assert partial.name.startswith(".") and os.listdir(partial) == ["ledger.jsonl"]
+    before = (partial / "ledger.jsonl").read_bytes()
+
+    again = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    (folder,) = (tmp_path / "results/runs").iterdir()
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [s["doc_id"] for s in samples] == list(range(40))
+    first = [json.loads(line) for line in before.splitlines()]
+    seconds = {s["doc_id"]: s["seconds"] for s in samples}
+    assert len(first) >= kept and all(seconds[a["doc_id"]] == a["seconds"] for a in first)  # not asked again
+
+
+def own_task(folder: Path, n: int = 6) -> Path:
+    """minivqa under another name, on few questions: what lmms-eval's command line can be given."""
+    from eval.tasks import FOLDER
+    from eval.tasks.minivqa.dataset import FILE_NAME, build_dataset
+
+    data = build_dataset(1, n, folder / "data") / FILE_NAME
+    folder.joinpath("few.yaml").write_text(
+        f"include: {FOLDER / 'minivqa' / 'minivqa.yaml'}\ntask: few\ndataset_path: parquet\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {data}\n"
+    )
+    return folder
+
+
+def test_lmms_evals_command_line(tmp_path, monkeypatch, capfd):
+    from eval.__main__ import main
+
+    arguments = "pretrained=mini,method=sparsevlm,budget=192,raters=all,batch_size=3"
+    monkeypatch.setattr(
+        sys, "argv",
+        ["lmms-eval", "--model", "sparsevlm", "--model_args", arguments, "--tasks", "few", "--device", "cpu",
+         "--include_path", str(own_task(tmp_path)), "--output_path", str(tmp_path / "out"), "--log_samples"],
+    )  # fmt: skip
+    assert main() == 0
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    found = json.loads(results.read_text())["results"]["few"]
+    assert 0 <= found["accuracy,none"] <= 1
+    (samples,) = (tmp_path / "out").rglob("*_samples_few.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(lines) == 6
+    assert lines[0]["token_counts"][0]["input_tokens"] > 576
+    assert sum(line["accuracy"] for line in lines) / 6 == pytest.approx(found["accuracy,none"])
+
+
+def test_lmms_evals_command_line_fails_loudly(tmp_path, monkeypatch):
+    from eval.__main__ import main
+    from eval.lmms_model import GenerationError, SparseVLMAdapter
+
+    def fails(self, batch, trace):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(SparseVLMAdapter, "_generate", fails)
+    monkeypatch.setattr(
+        sys, "argv",
+        ["lmms-eval", "--model", "sparsevlm", "--model_args", "pretrained=mini", "--tasks", "few", "--limit", "2",
+         "--include_path", str(own_task(tmp_path))],
+    )  # fmt: skip
+    with pytest.raises(GenerationError, match="task few, documents"):
+        main()
+
+
+def test_the_plugin_points_at_the_adapter():
+    from importlib import import_module
+
+    from eval.lmms_model import SparseVLMAdapter
+    from eval.plugin import manifests
+
+    (manifest,) = manifests()
+    module, _, name = manifest.simple_class_path.rpartition(".")
+    assert manifest.model_id == "sparsevlm" and getattr(import_module(module), name) is SparseVLMAdapter
