@@ -34,6 +34,8 @@ class VisionMethod(Method):
     captures: ClassVar[bool] = False  # needs states, queries and keys of the feature layer
     after_projector: ClassVar[bool] = False  # works on what the projector makes instead of what it gets
 
+    _vision: ClassVar[Vision | None] = None  # an instance gets its own when it is installed
+
     # ---- what a method says ----------------------------------------------------------------------------------------
     @property
     def active(self) -> bool:
@@ -85,8 +87,8 @@ class VisionMethod(Method):
         if not self.active:
             return super().plan(n_visual, n_layers)
         check_budget(self.budget, n_visual)
-        pictures = max(1, round(n_visual / self._vision.tokens))
-        keep = sum(self.spend([self._vision.tokens] * pictures))
+        size = n_visual if self._vision is None else self._vision.tokens  # not installed: taken for one picture
+        keep = sum(self.spend([size] * max(1, round(n_visual / size))))
         return explicit_schedule(n_visual, n_layers, (-1,), (keep,))
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:

@@ -10,9 +10,9 @@ r is constant up to rounding (LLaVA-1.5, 11 blocks: 35, 40.7, 46.5 for 192, 128,
 
 This is the paper. The released code differs: it uses logits instead of softmaxed attention and averages them over the
 batch, puts CLS last while the next block and LLaVA take the first token for CLS, loses merge targets in re-ordering,
-and never resets its window map. Where the paper is silent: rows of A are softmaxed over CLS and patches; the quantile is
-that of the remaining patches (linear interpolation: with eps = .998 the best one, or two of more than 500); patches stay
-in their order; the start scales with the depth of the tower; ties go by index.
+and never resets its window map. Where the paper is silent: rows of A are softmaxed over CLS and patches; the quantile
+is that of the remaining patches (linear interpolation: with eps = .998 the best one, or two of more than 500); patches
+stay in their order; the start scales with the depth of the tower; ties go by index.
 """
 
 from __future__ import annotations
