@@ -42,10 +42,8 @@ def density_peaks(x: Tensor, clusters: Tensor, width: int, valid: Tensor | None 
         centres [B, width]: indices into m in order of density x separation (entries beyond `clusters` are arbitrary
         but distinct), and the cluster [B, m] of each token, in 0 ... clusters - 1.
     """
-    batch, m, channels = x.shape
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # not by matrix multiplication: that leaves non-zero self-distances and breaks symmetry in the last bits
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / channels**0.5
+    batch, m = x.shape[:2]
+    distance = _distances(x)
     own = torch.arange(width, device=x.device).expand(batch, -1)
     if valid is None:
         density = distance.topk(width, dim=-1, largest=False).values.square().mean(-1).neg().exp()
@@ -67,6 +65,22 @@ def density_peaks(x: Tensor, clusters: Tensor, width: int, valid: Tensor | None 
         return centres, to_centre.argmin(1).scatter(1, centres, own)  # a centre is its own, even beside its double
     group = to_centre.masked_fill(~real[..., None], float("inf")).argmin(1)
     return centres, group.scatter(1, centres, torch.where(real, own, group.gather(1, centres)))
+
+
+def _distances(x: Tensor) -> Tensor:
+    """Euclidean distances / sqrt(D) of tokens [B, m, D] -> [B, m, m] float32 (float64 stays): symmetric, zero diagonal.
+
+    By one matrix product in float64: in float32 the difference of large squares would lose small distances between
+    large states, and differencing every pair (torch.cdist without a product) costs as much as the rest of pruning.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # mps has no float64
+    product = (x @ x.transpose(1, 2)).tril()
+    square = product.diagonal(dim1=1, dim2=2)
+    product = product + product.transpose(1, 2)  # mirrored, so that both triangles are the same bits
+    squared = square[:, :, None] + square[:, None] - 2 * product
+    squared = squared.clamp(min=0) / x.shape[-1]  # the diagonal was doubled: it is negative, so zero
+    return squared.sqrt().to(dtype)
 
 
 def merge_weights(
