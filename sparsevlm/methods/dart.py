@@ -121,7 +121,7 @@ def _largest(size: Tensor, valid: Tensor | None, counts: Sequence[int]) -> tuple
     column = torch.arange(width, device=size.device)
     real = column < torch.tensor(counts, device=size.device)[:, None]
     index = rank_by_score(size, valid)[:, :width]
-    order = index.masked_fill(~real, size.shape[1]).argsort(dim=1, stable=True)
+    order = (index + ~real * size.shape[1]).argsort(dim=1, stable=True)
     return index.gather(1, order), real
 
 

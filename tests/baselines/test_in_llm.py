@@ -304,6 +304,8 @@ def test_pyramiddrop_layers():
     assert math.isclose(author.keep[0] / 576, 0.19, abs_tol=0.005)  # the authors' lambda
     published = sparsevlm.build("pyramiddrop", ratios=(0.5, 0.25, 0.125)).plan(576, 32)
     assert published.layers == (7, 15, 23) and published.keep == (288, 144, 72)
+    uneven = sparsevlm.build("pyramiddrop", ratios=(0.3, 0.2, 0.001)).plan(576, 32)
+    assert uneven.keep == (172, 115, 1)  # int(172.8), int(115.2), and never none
 
 
 def test_ficoco_l_budgets():
@@ -379,3 +381,20 @@ def test_fewer_text_tokens_than_pivots():
         with build("dart")(model) as trace, torch.no_grad():
             model(input_ids=ids, pixel_values=pixels)
         assert len(trace.prefills[0].stages[0].kept[0]) == 12
+
+
+def test_a_prompt_without_text_after_the_image():
+    model = llava()
+    torch.manual_seed(0)
+    x = {
+        "input_ids": torch.tensor([prompt([5, "I"])]),
+        "pixel_values": torch.randn(1, 3, 42, 42, dtype=model.dtype),
+    }
+    plain = model(**x).logits
+    for name in METHODS:
+        with build(name)(model) as trace, torch.no_grad():
+            out = model(**x).logits
+        if name in ("dart", "random_layer"):  # need no text
+            assert trace.prefills[0].stages[-1].tokens_out == [12]
+        else:  # nobody there to rate them
+            assert torch.equal(out, plain) and not trace.prefills

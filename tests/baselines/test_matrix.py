@@ -5,11 +5,13 @@ A new method needs one line in METHODS.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import sparsevlm
 from tests.baselines.adapters import NAMES, Adapter, adapter
@@ -52,6 +54,7 @@ METHODS = {
     "visionzip": Row(refuses=NO_TOWER),
     "vispruner": Row(refuses=NO_TOWER),
 }
+CONFIGS = Path(__file__).parents[2] / "configs" / "method"
 CASES = [(m, a) for m, a in product(METHODS, NAMES) if a not in METHODS[m].refuses]
 REFUSALS = [(m, a) for m in METHODS for a in METHODS[m].refuses]
 
@@ -88,6 +91,15 @@ def assert_same_records(one, many, b: int, offset: int) -> None:
 
 def test_every_method_is_here():
     assert set(METHODS) == set(sparsevlm.methods())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_yaml_lists_every_option_with_its_default(name: str):
+    options = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert options.pop("name") == name
+    method = sparsevlm.build(name)
+    assert sorted(options) == sorted(f.name for f in fields(method) if f.init and f.name != "budget")
+    assert sparsevlm.build(name, **options) == method
 
 
 @pytest.mark.parametrize("name,model", CASES)

@@ -1,0 +1,80 @@
+"""CONTRIBUTING.md is followed literally: the toy method of its five steps is added to a copy and tested there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+STEPS = re.split(r"^### \d\. ", TEXT, flags=re.MULTILINE)[1:]
+PARTS = ("sparsevlm", "eval", "configs", "tests", "pyproject.toml", "CONTRIBUTING.md")
+
+
+def block(step: int, language: str, number: int = 0) -> str:
+    """A fenced block of a step."""
+    return re.findall(rf"^```{language}\n(.*?)^```", STEPS[step - 1], re.DOTALL | re.MULTILINE)[number]
+
+
+def path(step: int, pattern: str) -> str:
+    """The path that a step names."""
+    return re.search(rf"`({pattern})`", STEPS[step - 1]).group(1)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A copy of the repository in which the five steps were taken."""
+    folder = tmp_path_factory.mktemp("repository")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.npz"))
+        else:
+            shutil.copy(ROOT / part, folder / part)
+    assert len(STEPS) == 5
+    (folder / path(1, r"sparsevlm/methods/\w+\.py")).write_text(block(1, "python"))
+    (folder / path(3, r"configs/method/\w+\.yaml")).write_text(block(3, "yaml"))
+    matrix = folder / path(4, r"tests/baselines/test_matrix\.py")
+    before, after = matrix.read_text().split("METHODS = {\n")
+    matrix.write_text(before + "METHODS = {\n" + block(4, "python") + after)
+    own = folder / path(4, r"tests/methods/test_\w+\.py")
+    own.parent.mkdir(exist_ok=True)
+    own.write_text(block(4, "python", 1))
+    return folder
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """Output of `python` with these arguments in the copy; fails unless it succeeds."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def test_the_toy_passes_the_matrix_and_its_own_test(copy: Path):
+    own = path(4, r"tests/methods/test_\w+\.py")
+    out = run(
+        copy, "-m", "pytest", "-q", "tests/baselines/test_matrix.py", own, "-k", "loudest or every_method_is_here"
+    )
+    cases = 1 + 1 + 3 * 6 + 1  # all methods are there, the YAML, three properties on six models, its own test
+    assert f"{cases} passed" in out, out
+
+
+def test_the_toy_is_clean(copy: Path):
+    run(copy, "-m", "ruff", "check", path(1, r"sparsevlm/methods/\w+\.py"), path(4, r"tests/methods/test_\w+\.py"))
+
+
+@pytest.mark.slow
+def test_the_toy_runs(copy: Path):
+    command = block(5, "bash").split()
+    assert command[0] == "python"
+    out = run(copy, *command[1:])
+    assert "accuracy" in out and "128.0 leaving" in out
+    assert list((copy / "results" / "runs").glob("*loudest__128*/metrics.json"))
