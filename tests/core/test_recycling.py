@@ -50,12 +50,15 @@ def naive_density_peaks(points: list[list[float]], k: int) -> tuple[list[int], l
 
 
 def draw(seed: int, m: int, ties: bool) -> torch.Tensor:
-    """[m, 4] points; with `ties` on a line and on a grid: equal distances, densities and doubles abound, exactly."""
+    """[m, 4] points; with `ties` on a line and on a grid: equal distances, densities and doubles abound.
+
+    These are float32: ties need hold in the precision of a model only.
+    """
     generator = torch.Generator().manual_seed(seed)
-    points = torch.randn(m, 4, generator=generator, dtype=torch.float64)
-    if ties:
-        points = torch.zeros_like(points)
-        points[:, 0] = torch.randint(-6, 7, (m,), generator=generator) / 2
+    if not ties:
+        return torch.randn(m, 4, generator=generator, dtype=torch.float64)
+    points = torch.zeros(m, 4)
+    points[:, 0] = torch.randint(-6, 7, (m,), generator=generator) / 2
     return points
 
 
