@@ -12,7 +12,7 @@ Use it with lmms-eval by overriding where the task finds its data::
     )
 
 lmms-eval's own command line (``--include_path eval/tasks/minivqa --tasks minivqa``) takes no override; it finds the
-default data after ``python -m eval.tasks.minivqa.dataset``.
+default data after ``python -m eval.tasks.minivqa``.
 """
 
 import io
@@ -128,8 +128,3 @@ def task_override(folder: str | Path) -> dict:
     if not file.is_file():
         raise FileNotFoundError(f"minivqa: no {file}; call build_dataset first")
     return {"task": "minivqa", "dataset_kwargs": {"data_files": {"test": str(file)}}}
-
-
-if __name__ == "__main__":
-    # for lmms-eval's own command line, which reads the path in minivqa.yaml
-    print(build_dataset())
