@@ -45,7 +45,7 @@ def accuracy_run(
     metrics = {
         "schema": 1, "task": "minivqa", "model": model, "method": method, "options": chosen, "budget": name,
         "config_hash": digest, "n": n,
-        "metrics": {"accuracy": {"value": mean, "ci95": [max(0, mean - error), min(1, mean + error)], "n": n}},
+        "metrics": {"accuracy": {"value": mean, "ci95": [max(0, mean - 1.2 * error), min(1, mean + error)], "n": n}},
         "tokens": {"visual": 576.0, "entering": tokens[0], "leaving": tokens[1]},
         "time": {}, "cost": {"text_tokens": 11, "prefill_gmacs": gmacs}, "seed": seed, **ABOUT,
     }  # fmt: skip

@@ -81,6 +81,8 @@ def test_all_formats_show_the_same_cells(series):
     latex = (folder / f"{name}.tex").read_text()
     body = latex.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
     assert body == [" & ".join(row.values()) + r" \\" for row in rows]  # no cell of this table needs escaping
+    head = latex.split(r"\toprule")[1].split(r"\midrule")[0].strip()
+    assert head == " & ".join(rows[0]).replace("%", r"\%") + r" \\"
     assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
 
 
