@@ -18,7 +18,7 @@ if not __package__:  # started as a file: import from the repository's root, not
 import pandas as pd
 
 from scripts.runs import LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
-from scripts.summary import Summary, label, summarise
+from scripts.summary import Summary, label, place, summarise
 
 NOT_RUN = "not run"
 
@@ -120,7 +120,7 @@ def caption(summary: Summary) -> str:
     group = summary.group
     text = (
         f"{group.task} on the model {group.model}: {group.n} questions, seed {group.seed}. {_not_7b(group.model)}"
-        f"{summary.metric}{' in %' if summary.percent else ''} with 95 % bootstrap interval; difference to the "
+        f"Shown: {summary.metric}{' in %' if summary.percent else ''} with 95 % bootstrap interval; difference to the "
         "unpruned model with paired bootstrap interval over the same questions; retained: share of the unpruned "
         "model's value. Budget, entering and leaving: mean visual tokens per layer of the language model, of "
         f"{group.runs[0].metrics['tokens']['visual']:g}; budget is what was asked for, leaving what it counts, "
@@ -159,7 +159,7 @@ def _timing(run: Run) -> str:
 def latency_table(run: Run) -> pd.DataFrame:
     """One latency run, all that it measured."""
     rows = []
-    for row in run.metrics["rows"]:
+    for row in sorted(run.metrics["rows"], key=lambda r: place(label(r["method"], r["options"]), r["budget"])):
         cells = {"method": label(row["method"], row["options"]), "budget": str(row["budget"])}
         cells |= {key: _number(row[key], 1) for key in ("entering", "leaving")}
         for key, name, digits in (

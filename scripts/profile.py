@@ -32,7 +32,7 @@ from eval import environment
 from eval.errors import UserError, one_line
 from eval.results import RunFolder
 from eval.settings import fingerprint
-from scripts.runs import LATENCY, SCHEMA, BadRun, Run, read_runs, setting_key
+from scripts.runs import LATENCY, ROWS_ONLY, SCHEMA, BadRun, Run, read_runs, setting_key
 from sparsevlm.cost.latency import UNPRUNED, Setting, measure
 from sparsevlm.models.checkpoint import find_checkpoint
 
@@ -72,7 +72,7 @@ def profile(args: argparse.Namespace, command: str) -> str:
     Raises:
         UserError, BadRun, ValueError, OSError: settings, model or folders that cannot be used.
     """
-    runs = [r for r in _existing(args.results) if r.model == args.model and r.task != LATENCY]
+    runs = [r for r in _existing(args.results) if r.model == args.model and r.task not in ROWS_ONLY]
     settings = [parse_setting(text) for text in args.settings] or settings_of(runs)
     text_tokens = args.text_tokens or text_tokens_of(runs)
     if not settings or not text_tokens:

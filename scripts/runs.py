@@ -1,7 +1,7 @@
 """Reading run folders. What is not a whole run of the known schema is refused with its folder's name, never skipped.
 
-`eval/results.py` says what is in a folder. Two kinds are read: accuracy runs, and latency runs (task "latency", written
-by `scripts/profile.py`), which have `rows` instead of metrics.
+`eval/results.py` says what is in a folder. Accuracy runs are read, latency runs (task "latency", written
+by `scripts/profile.py`) and those of `scripts/half_precision.py`, which have `rows` instead of metrics.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import yaml
 
 SCHEMA = 1
 LATENCY = "latency"
+HALF_PRECISION = "half_precision"
+ROWS_ONLY = (LATENCY, HALF_PRECISION)  # runs that have rows instead of answers
 _FILES = ("config.yaml", "metrics.json", "samples.jsonl", "env.json")
 _COMMON = ("schema", "task", "model", "n", "versions", "hardware", "git", "date")
 _ACCURACY = ("method", "options", "budget", "metrics", "tokens", "cost", "seed")
@@ -145,6 +147,8 @@ def read_run(folder: Path) -> Run:
         run = Run(folder, config, metrics)
         if run.task == LATENCY:
             _check_latency(run)
+        elif run.task == HALF_PRECISION:
+            _require(run.metrics, ["rows"])
         else:
             _check_accuracy(run)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
@@ -189,7 +193,7 @@ def accuracy_groups(runs: Iterable[Run]) -> list[Group]:
     """
     groups: dict[str, Group] = {}
     for run in runs:
-        if run.task != LATENCY:
+        if run.task not in ROWS_ONLY:
             model = {key: run.config["model"].get(key) for key in _MODEL_KEYS}
             same = [run.task, run.model, model, run.config["task"], run.metrics["n"], run.config.get("max_new_tokens")]
             groups.setdefault(json.dumps(same, sort_keys=True, default=str), Group()).runs.append(run)

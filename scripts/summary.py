@@ -135,11 +135,12 @@ def _with_gaps(frame: pd.DataFrame) -> pd.DataFrame:
     if UNPRUNED not in set(frame["method"]):
         gaps.append({"method": UNPRUNED, "budget": "full"})
     frame = pd.concat([frame, pd.DataFrame(gaps, columns=["method", "budget"])], ignore_index=True)
-    order = sorted(frame.index, key=lambda i: _place(frame["method"][i], frame["budget"][i]))
+    order = sorted(frame.index, key=lambda i: place(frame["method"][i], frame["budget"][i]))
     return frame.loc[order].reset_index(drop=True)
 
 
-def _place(method: str, budget: int | str) -> tuple:
+def place(method: str, budget: int | str) -> tuple:
+    """Sort key of a row: unpruned, random, then the methods by label, each from many tokens to few."""
     name = method.split(" ")[0]
     first = _FIRST.index(name) if name in _FIRST else len(_FIRST)
     return first, method, -budget if isinstance(budget, int) else -(10**9)
