@@ -7,8 +7,8 @@ In each block up to the one whose output the language model reads, between atten
 3. attention adds log(size) to the logits of a key (proportional attention): a merged token counts as its patches.
 
 r is spread evenly over the blocks, floors and ceilings in turn, so that exactly T tokens are left (LLaVA-1.5, 23
-blocks: 16.7, 19.5, 22.3 per block for 192, 128, 64). One pass can at most halve: in towers of few blocks earlier ones do
-what the last ones cannot, and for budgets below tokens / 2^blocks the first block makes several passes.
+blocks: 16.7, 19.5, 22.3 per block for 192, 128, 64). One pass can at most halve: in towers of few blocks earlier ones
+do what the last ones cannot, and for budgets below tokens / 2^blocks the first block makes several passes.
 
 Source: the paper; the authors' code (CC-BY-NC) was not used. It was made for image classifiers; the order in which its
 blocks leave the tokens (unmerged A, then B) is the order in which the language model gets them here. Deviations: none

@@ -84,6 +84,8 @@ class Blocks:
         if not self.vision.encoding.groups:
             return None
         for tokens in self.tokens:
+            if tokens.count == 0:
+                continue  # a frame that gets no token
             if tokens.count < self.tower.patches:
                 self.method.block(i, layer, tokens, self.tower)
             else:
