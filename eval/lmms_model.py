@@ -223,7 +223,7 @@ class SparseVLMAdapter(lmms):
         pad = self.processor.tokenizer.pad_token_id
         output = self.model.generate(**inputs, **kwargs, pad_token_id=pad)
         output = output[:, inputs["input_ids"].shape[1] :].tolist()
-        averages = _averages(trace, visual)
+        averages = token_averages(trace, visual)
         trace.clear()  # its records hold tensors
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
@@ -244,7 +244,7 @@ class SparseVLMAdapter(lmms):
         raise NotImplementedError("multi-round tasks are not supported")
 
 
-def _averages(trace, visual: Sequence[int]) -> list[tuple[float, float]]:
+def token_averages(trace, visual: Sequence[int]) -> list[tuple[float, float]]:
     """(entering, leaving) per sample; a prompt that had nothing to drop left no record."""
     if not trace.prefills:
         return [(float(n), float(n)) for n in visual]

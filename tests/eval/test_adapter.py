@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import sparsevlm  # isort: skip  - before lmms-eval
 from lmms_eval.api.instance import GenerationResult
 
 from eval.ledger import Ledger
-from eval.lmms_model import GenerationError, SparseVLMAdapter, clean, generation_arguments
+from eval.lmms_model import GenerationError, SparseVLMAdapter, clean, generation_arguments, token_averages
 from tests.eval.requests import GREEDY, make_documents, make_requests
 
 
@@ -71,7 +72,7 @@ def test_a_batch_answers_as_singles_do_and_in_the_order_of_the_requests(adapter,
     assert len({r.text for r in single}) > 3  # order matters
     for i in range(len(documents)):
         a, b = one.answers["minivqa", i], many.answers["minivqa", i]
-        assert a.prompt == documents[i]["question"]
+        assert a.prompt == documents[i]["question"] and a.text == single[i].text
         assert (a.input_tokens, a.output_tokens, a.visual) == (b.input_tokens, b.output_tokens, b.visual)
         assert (a.entering, a.leaving) == (b.entering, b.leaving)
 
@@ -105,6 +106,12 @@ def test_beams(adapter, documents):
     made = adapter("sparsevlm", 64, batch_size=2)
     made.generate_until(make_requests(documents[:3], {"num_beams": 3, "max_new_tokens": 4}))
     assert made.answers["minivqa", 2].leaving == pytest.approx(64, abs=0.5)
+    rows = SimpleNamespace(entering=[1.0] * 3 + [2.0] * 3, leaving=[3.0] * 3 + [4.0] * 3)  # three beams of each
+    assert token_averages(SimpleNamespace(prefills=[rows]), [576, 576]) == [(1, 3), (2, 4)]
+
+
+def test_a_prompt_with_nothing_to_drop_leaves_no_record():
+    assert token_averages(SimpleNamespace(prefills=[]), [576, 0]) == [(576, 576), (0, 0)]
 
 
 def test_requests_with_other_arguments_are_not_mixed(adapter, documents, monkeypatch):

@@ -83,12 +83,20 @@ def written(run):
         Answer("minivqa", i, f"question {i}", f"answer {i}", 586 + i, 2, 576, 120.0 + i, 64.0, 0.5) for i in range(4)
     ]
     samples = [
-        {"doc_id": i, "doc": {"question_type": t}, "target": "x", "accuracy": s, f"accuracy_{t}": s, "other": {"a": 1}}
+        {
+            "doc_id": i,
+            "doc": {"question_type": t},
+            "target": "x",
+            "accuracy": s,
+            f"accuracy_{t}": s,
+            "other": {"a": 1},
+            "f1": s,
+        }
         for i, (t, s) in enumerate(zip(TYPES, SCORES, strict=True))
     ]
     aggregated = {
         "alias": "minivqa", "accuracy,none": 0.75, "accuracy_stderr,none": 0.1, "accuracy_count,none": 1.0,
-        "accuracy_read,none": 0.5, "other,none": 3.0,
+        "accuracy_read,none": 0.5, "other,none": 3.0, "f1,none": 0.9,
     }  # fmt: skip
     content = files(run, samples, aggregated, answers, "python -m eval.run")
     assert set(content) == {"config.yaml", "metrics.json", "samples.jsonl", "env.json"}
@@ -109,11 +117,12 @@ class TestFiles:
 
     def test_metrics_with_intervals_by_type(self, written):
         found = written[0]["metrics"]
-        assert set(found) == {"accuracy", "accuracy/count", "accuracy/read", "other"}
+        assert set(found) == {"accuracy", "accuracy/count", "accuracy/read", "other", "f1"}
         low, high = found["accuracy"]["ci95"]
         assert found["accuracy"]["value"] == 0.75 and 0 <= low < 0.75 < high <= 1
         assert found["accuracy/count"] == {"value": 1.0, "ci95": [1.0, 1.0], "n": 2}
-        assert found["other"]["ci95"] is None  # not a mean of numbers
+        assert found["other"]["ci95"] is None  # made of something else than a number per question
+        assert found["f1"] == {"value": 0.9, "ci95": None, "n": 4}  # not their mean
 
     def test_means(self, written):
         metrics = written[0]
