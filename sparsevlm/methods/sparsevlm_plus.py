@@ -61,8 +61,8 @@ class SparseVLMPlus(SparseVLM):
         total = family.decoder.config.num_attention_heads
         if self.heads > total:
             raise ValueError(f"heads {self.heads:g} is above the model's {total} attention heads; give a share instead")
-        self._inv_freq = family.decoder.rotary_emb.inv_freq.detach().cpu()
-        self._limit = None if self._inv_freq.is_meta else first_nonpositive_distance(self._inv_freq, 16384)
+        frequencies = family.decoder.rotary_emb.inv_freq
+        self._limit = None if frequencies.is_meta else first_nonpositive_distance(frequencies.detach().cpu(), 16384)
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
         super().begin(prefill, embeddings)

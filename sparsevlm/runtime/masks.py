@@ -39,6 +39,7 @@ def causal_mask(family: Family, layer: int, hidden: Tensor, key_mask: Tensor | N
         attention_mask=key_mask,
         past_key_values=cache,
         layer_idx=layer,
+        allow_is_causal_skip=key_mask is None,  # else every value of the mask is read on the host, at each step
     )
 
 

@@ -86,7 +86,7 @@ CASES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:SparseVLM+")
+@pytest.mark.filterwarnings("ignore:SparseVLM")
 @pytest.mark.parametrize("options", EARLY_DROP)
 @pytest.mark.parametrize("variant,config,seed,setting,n_visual,n_text", CASES)
 def test_every_variant_equals_the_restatement(variant, config, seed, setting, n_visual, n_text, options):
