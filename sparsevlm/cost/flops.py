@@ -215,7 +215,6 @@ def _gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]):
     analysis = FlopCountAnalysis(module, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     analysis.set_op_handle("aten::scaled_dot_product_attention", _sdpa_macs)
-    analysis.set_op_handle("aten::cdist", _cdist_macs)
     analysis.set_op_handle("aten::layer_norm", lambda inputs, outputs: 0)  # None would leave fvcore's own handle
     return {name: macs / 1e9 for name, macs in analysis.by_module().items()}
 
@@ -230,12 +229,6 @@ def _sdpa_macs(inputs, outputs) -> int:
     """QK^T and PV, which fvcore has no handle for. Grouped keys are repeated by the kernel: queries' heads count."""
     batch, heads, queries, width = _shape(inputs[0])
     return batch * heads * queries * _shape(inputs[1])[2] * (width + _shape(inputs[2])[3])
-
-
-def _cdist_macs(inputs, outputs) -> int:
-    """Pairwise distances: one multiply-add per pair and feature."""
-    *batch, rows, width = _shape(inputs[0])
-    return int(torch.tensor(batch).prod()) * rows * _shape(inputs[1])[-2] * width
 
 
 def table(

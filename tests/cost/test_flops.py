@@ -70,10 +70,10 @@ def test_early_drop_computes_less_and_random_nothing_extra():
 
 @pytest.mark.parametrize(
     ("method", "budget", "options"),
-    [("none", "full", {}), ("random", 100, {}), ("sparsevlm", 100, {"recycle": 0}), ("sparsevlm_plus", 100, {})],
+    [("none", "full", {}), ("random", 100, {}), ("sparsevlm", 100, {}), ("sparsevlm_plus", 100, {})],
 )
 def test_torchs_counter_agrees(method, budget, options):
-    """torch counts two per multiply-add, and knows no distances (so: no clustering)."""
+    """torch counts two per multiply-add."""
     parts, _ = flops._run("mini", method, budget, 20, options)
     net = flops._meta_model("mini")
     prompt = make_prompt(net.config, 20, device="meta", dtype=net.dtype)
