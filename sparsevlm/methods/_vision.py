@@ -56,9 +56,10 @@ class VisionMethod(Method):
 
     def encode(self, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
         """Rows for each group of pictures that get the same number of tokens."""
-        return [self._group(pictures[group], encoding.counts[group[0]]) for group in encoding.groups]
+        return [self._group(pictures[group], encoding.counts[group[0]], group) for group in encoding.groups]
 
-    def _group(self, pictures: Pictures, count: int) -> Reduced:
+    def _group(self, pictures: Pictures, count: int, rows: list[int]) -> Reduced:
+        """The same for pictures `rows` of the call."""
         n, tokens = pictures.features.shape[:2]
         if count in (0, tokens):
             origin = torch.arange(count, device=pictures.features.device).expand(n, -1)

@@ -35,6 +35,7 @@ class Row:
 
 NO_TOWER = {"text": "acts in the vision tower"}
 METHODS = {
+    "cdpruner": Row(refuses=dict.fromkeys(NAMES, "text tower of the CLIP model") | NO_TOWER),
     "dart": Row(),
     "divprune": Row(refuses=NO_TOWER),
     "downsample": Row({"side": 2}, refuses=NO_TOWER),

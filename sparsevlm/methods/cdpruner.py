@@ -1,0 +1,147 @@
+"""CDPruner (arXiv 2506.10967, NeurIPS 2025): tokens that differ from each other and concern the question.
+
+1. Relevance of a patch: minus the cosine of its CLIP image embedding (post-norm and visual projection of the layer that
+   the language model reads) and the CLIP text embedding of the question, averaged over segments of at most 77 tokens;
+   min-max normalised over the picture. (Minus: patches of CLIP resemble the texts that they do not show.)
+2. Kernel: diag(relevance) C diag(relevance), C = cosines of the projected tokens.
+3. T tokens by greedy MAP inference of the determinantal point process with that kernel, in their order.
+
+Source: the paper and the authors' repository (Apache-2.0). LLaVA models contain CLIP's vision tower only, so the CLIP
+model of the same tower has to be given (`clip=`, for LLaVA-1.5 openai/clip-vit-large-patch14-336); without it the
+method refuses. Deviations: relevance is normalised per picture, not over the batch; pictures of a prompt share the
+budget and are pruned one by one; the question is the prompt's text after its last picture, without the final
+"ASSISTANT:" (the authors hand it over separately; `question=` does that here). Reading it waits for the device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from sparsevlm.core.diversity import cosine_matrix, dpp_greedy
+from sparsevlm.core.packing import take
+from sparsevlm.methods._vision import VisionMethod
+from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, find_towers
+
+
+@dataclass
+class CDPruner(VisionMethod):
+    """Conditional diversity by a determinantal point process.
+
+    Attributes:
+        clip: CLIPModel whose vision tower is the model's, or its folder or hub id.
+        tokenizer: of its text tower; None = the one in that folder.
+        question: from the ids [L] of a prompt to its question; None = the text after the last picture, read with the
+            tokenizer in the folder that the model was loaded from.
+    """
+
+    clip: Any = None
+    tokenizer: Any = None
+    question: Callable[[Tensor], str] | None = None
+
+    name: ClassVar[str] = "cdpruner"
+    captures: ClassVar[bool] = True
+    after_projector: ClassVar[bool] = True
+
+    def check(self, family: Family) -> None:
+        towers = find_towers(family, self.name)
+        if self.clip is None:
+            raise ValueError(
+                "method 'cdpruner' needs the text tower of the CLIP model that the vision tower comes from, which this "
+                "model does not contain; give clip=<CLIPModel, folder or hub id>"
+            )
+        self._load(family)
+        width = self._clip.visual_projection.in_features
+        for tower in towers:
+            if tower.module.config.hidden_size != width:
+                raise ValueError(
+                    f"the given CLIP model projects states of width {width}, the vision tower has "
+                    f"{tower.module.config.hidden_size}; give the CLIP model that the tower comes from"
+                )
+
+    def _load(self, family: Family) -> None:
+        from transformers import AutoTokenizer, CLIPModel
+
+        path = self.clip if isinstance(self.clip, str) else None
+        weight = next(family.decoder.parameters())
+        clip = CLIPModel.from_pretrained(path) if path else self.clip
+        self._clip = clip.to(weight.device, weight.dtype).eval()
+        if self.tokenizer is None and path is None:
+            raise ValueError("give tokenizer= of the CLIP model's text tower beside a loaded clip=")
+        self._tokenizer = AutoTokenizer.from_pretrained(path) if self.tokenizer is None else self.tokenizer
+        self._question = self.question
+        if self.question is None:
+            folder = family.outer.config._name_or_path
+            if not folder:
+                raise ValueError(
+                    "give question=, a function from a prompt's ids to its question: the model has no folder"
+                )
+            self._question = _Question(AutoTokenizer.from_pretrained(folder), family.visual_ids)
+
+    def hooks(self, family: Family) -> list[RemovableHandle]:
+        self._texts: list[Tensor] = []
+        return super().hooks(family)
+
+    def announce(self, input_ids: Tensor) -> None:
+        super().announce(input_ids)
+        if self.active:
+            self._texts = [self._embed(self._question(row)) for row in input_ids]
+
+    @torch.no_grad()
+    def _embed(self, text: str) -> Tensor:
+        """[segments, p] unit text embeddings of a question."""
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        size = self._clip.config.text_config.max_position_embeddings - 2
+        parts = [ids[i : i + size] for i in range(0, max(1, len(ids)), size)]
+        out = []
+        for part in parts:
+            segment = torch.tensor([[start, *part, end]], device=self._clip.device)
+            out.append(self._clip.text_projection(self._clip.text_model(segment).pooler_output))
+        return F.normalize(torch.cat(out).float(), dim=-1)
+
+    def encode(self, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
+        if encoding.prompts is None or len(encoding.prompts) != len(self._texts):
+            raise ValueError("method 'cdpruner' must know the question; pass input_ids and pixel values together")
+        of_picture = [p for p, n in enumerate(encoding.prompts) for _ in range(n)]
+        states = pictures.states if encoding.tower.cls else pictures.states[:, 1:]
+        embeds = self._clip.visual_projection(self._clip.vision_model.post_layernorm(states))
+        embeds = F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
+        relevance = torch.stack(
+            [-(e @ self._texts[p].to(e).T).mean(1) for e, p in zip(embeds, of_picture, strict=True)]
+        )
+        low, high = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
+        self._relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
+        try:
+            return super().encode(pictures, encoding)
+        finally:
+            del self._relevance
+
+    def _group(self, pictures: Pictures, count: int, rows: list[int]) -> Reduced:
+        if count in (0, pictures.features.shape[1]):
+            return super()._group(pictures, count, rows)
+        weight = self._relevance[rows]
+        kernel = weight[:, :, None] * cosine_matrix(pictures.features) * weight[:, None]
+        origin = dpp_greedy(kernel, count).sort(1).values
+        return Reduced(take(pictures.features, origin), origin, weight)
+
+
+class _Question:
+    """The text of a prompt after its last visual token."""
+
+    def __init__(self, tokenizer, visual_ids: tuple[int, ...]):
+        self.tokenizer, self.visual_ids = tokenizer, visual_ids
+
+    def __call__(self, ids: Tensor) -> str:
+        row = ids.tolist()
+        last = max((i for i, token in enumerate(row) if token in self.visual_ids), default=-1)
+        text = self.tokenizer.decode(row[last + 1 :], skip_special_tokens=True)
+        return re.sub(r"\s*ASSISTANT:\s*$", "", text).strip()
