@@ -29,12 +29,13 @@ class CacheState:
     """Segments by their first layer.
 
     Attributes:
-        dropped_at_input: input tokens that never reached layer 0 (methods that act before the language model).
+        dropped_at_input: by how much layer 0's cache is shorter than the input (methods that act before the language
+            model); 0 if only the shorter samples of a batch lost tokens, None if none did.
     """
 
     starts: list[int] = field(default_factory=lambda: [0])
     segments: list[Segment] = field(default_factory=lambda: [Segment()])
-    dropped_at_input: int = 0
+    dropped_at_input: int | None = None
 
     def at(self, layer: int) -> Segment:
         """The segment that `layer` belongs to."""
@@ -51,7 +52,7 @@ class CacheState:
 
     def starts_own_masks(self, layer: int) -> bool:
         """Whether a segment starts here whose masks differ from those that the model makes for layer 0."""
-        return layer in self.starts if layer else self.dropped_at_input > 0
+        return layer in self.starts if layer else self.dropped_at_input is not None
 
 
 def state_of(cache) -> CacheState:
@@ -72,7 +73,7 @@ def seen_tokens(cache) -> int:
     """Input tokens of earlier calls, those included that were dropped before layer 0."""
     held = cached_length(cache, 0)
     state = getattr(cache, "sparsevlm", None)
-    return held + state.dropped_at_input if held and state is not None else held
+    return held + (state.dropped_at_input or 0) if held and state is not None else held
 
 
 def report_seen_tokens(cache) -> None:

@@ -184,7 +184,7 @@ class Hooks:
     def _keep_first_mask(self, cache, key_mask: Tensor, length: int) -> None:
         """Remember the padding of layer 0's cache, from which later segments split off."""
         state, new = state_of(cache), key_mask[:, -length:]
-        if state.dropped_at_input:
+        if state.dropped_at_input is not None:
             first = state.segments[0].key_mask
             key_mask = extended(first, cached_length(cache, 0), new, *new.shape, new.device)
         state.segments[0].key_mask = key_mask

@@ -68,6 +68,7 @@ class Prefill:
         self.handed: ModuleInputs | None = None  # what scoring made of the layer that comes next
         self.segment_masks: SegmentMasks | None = None  # None: the model's own masks and positions hold
         self.pending: Decision | None = None
+        self.renumbered = False
         self.record = PrefillRecord(list(prompt.n_visual), list(self.tokens), family.n_layers)
         method.begin(self, hidden)
 
@@ -229,10 +230,14 @@ class Prefill:
         old, shift = (segment.key_mask, segment.shift) if cached else (None, 0)
         self.key_mask = extended(old, cached, real, self.batch, self.length, hidden.device)
         if layer == 0 and segment is not None:
-            state_of(self.cache).dropped_at_input += self.prompt.length - self.length
+            state = state_of(self.cache)
+            state.dropped_at_input = (state.dropped_at_input or 0) + self.prompt.length - self.length
             report_seen_tokens(self.cache)
         if self.method.positions == "renumber":
             shift = self._renumber(padding, shift, hidden)
+            self.renumbered = True
+        elif self.renumbered and segment is not None:  # at an earlier stage of this call: the positions stay as there
+            shift = state_of(self.cache).at(layer - 1).shift
         if segment is not None:
             segment.key_mask, segment.shift = self.key_mask, shift
         self.segment_masks = SegmentMasks(self.family, self.key_mask, self.cache, self.rope)
