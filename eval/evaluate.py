@@ -48,7 +48,7 @@ def execute(run: Run, folder: RunFolder, command: str, progress: Callable[[int],
     n = TASKS[run.task.name].questions(run.limit)
     try:
         task = TASKS[run.task.name].prepare(run.task.seed, n)
-    except OSError as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"cannot prepare the task {run.task.name}: {one_line(error)}") from error
     model, processor = _load(run.model)
     try:

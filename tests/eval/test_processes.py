@@ -88,6 +88,7 @@ def test_lmms_evals_command_line(tmp_path, monkeypatch, capfd):
     assert sum(line["accuracy"] for line in lines) / 6 == pytest.approx(found["accuracy,none"])
 
 
+@pytest.mark.slow
 def test_lmms_evals_command_line_fails_loudly(tmp_path, monkeypatch):
     from eval.__main__ import main
     from eval.lmms_model import GenerationError, SparseVLMAdapter

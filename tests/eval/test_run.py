@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import sparsevlm  # isort: skip  - before transformers
+import sparsevlm  # noqa: F401  # isort: skip  - before transformers
 
 from transformers import LlavaForConditionalGeneration
 
@@ -249,15 +249,20 @@ class TestExperiments:
 
 def test_checkpoint_in_the_hubs_layout_from_config_to_score(tiny_llava_folder):
     """LLaVA-1.5-7B's path: config, processor, chat template, pruning, generation, scoring."""
-    same = [f"model.pretrained={tiny_llava_folder}", "limit=4", "batch_size=2", "max_new_tokens=3"]
-    assert main(["model=llava_1_5_7b", "method=sparsevlm", "budget=192", *same]) == 0
-    assert main(["experiment=llava_1_5_7b_paper", "method=sparsevlm", "budget=192", *same]) == 0
+    same = [
+        "method=sparsevlm",
+        "budget=192",
+        f"model.pretrained={tiny_llava_folder}",
+        "batch_size=2",
+        "max_new_tokens=3",
+    ]
+    assert main(["model=llava_1_5_7b", "limit=4", *same]) == 0
+    assert main(["experiment=llava_1_5_7b_paper", "limit=2", *same]) == 0
     lengths = set()
     for name in folders():
         assert name.startswith("minivqa__llava_1_5_7b__sparsevlm__192__")
         metrics = json.loads(Path("results/runs", name, "metrics.json").read_text())
-        assert metrics["n"] == 4 and metrics["tokens"]["visual"] == 576
+        assert metrics["n"] in (2, 4) and metrics["tokens"]["visual"] == 576
         assert metrics["tokens"]["leaving"] == 192.03125  # the authors' own count of their lists
         lengths.add(metrics["cost"]["text_tokens"])
     assert len(lengths) == 2  # vicuna_v1 has a system sentence
-    assert sparsevlm.build("sparsevlm", budget=192).plan(576, 32).leaving == 192.03125
