@@ -71,8 +71,8 @@ tables: setup ## make the tables of the runs
 figures: setup ## draw the figures of the runs
 	@for script in scripts/plot_*.py; do $(RUN) $$script --results $(results) $(args); done
 
-notebooks: setup ## run the notebooks in place
-	@$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
+notebooks: setup ## run the notebooks and see that they pass
+	@$(VENV)/bin/jupyter-execute notebooks/*.ipynb
 
 sweep: setup ## every combination: make sweep model=mini method=none,sparsevlm budget=192,64 task=minivqa
 	@$(RUN) -m eval.run -m model=$(model) method=$(method) budget=$(budget) task=$(task) \
