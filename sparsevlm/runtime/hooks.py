@@ -65,6 +65,7 @@ class Hooks:
         self.prefill: Prefill | None = None
         self.step: SegmentMasks | None = None  # of a call without visual tokens
         self.prompt_length: int | None = None  # inside generate()
+        self.own_generate = vars(model).get("generate")  # set on this object by the user
 
     # ---- installing ------------------------------------------------------------------------------------------------
     def add(self) -> None:
@@ -83,7 +84,10 @@ class Hooks:
     def remove(self) -> None:
         while self.handles:
             self.handles.pop().remove()
-        self.model.__dict__.pop("generate", None)
+        if self.own_generate is not None:
+            self.model.generate = self.own_generate
+        else:
+            self.model.__dict__.pop("generate", None)
         self.prefill = self.step = self.visual = self.mask = None
 
     def _wrap_generate(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from sparsevlm.budget import mean_entering, mean_leaving
@@ -68,7 +69,7 @@ class PrefillRecord:
     @cached_property
     def raters(self) -> list[Tensor]:
         """Per sample the positions of the rater tokens in the input, int64 (empty for methods without raters)."""
-        return self._raters()
+        return self._raters() or [torch.empty(0, dtype=torch.long) for _ in self.n_visual]
 
     @property
     def entering(self) -> list[float]:

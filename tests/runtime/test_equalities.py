@@ -58,6 +58,25 @@ def hooks_of(model) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+def test_a_generate_of_the_users_own_is_given_back():
+    model = llava()
+    x, _ = inputs("one", model)
+    calls = []
+    own = lambda *a, **k: calls.append(1) or type(model).generate(model, *a, **k)  # noqa: E731
+    model.generate = own
+    with build()(model) as trace:
+        model.generate(**x, max_new_tokens=2)
+    assert model.generate is own and calls == [1] and len(trace.prefills) == 1
+
+
+def test_methods_without_raters_have_an_empty_list_per_sample():
+    model = llava()
+    x, _ = inputs("ragged", model)
+    with sparsevlm.build("none")(model) as trace:
+        model(**x)
+    assert [r.tolist() for r in trace.prefills[0].raters] == [[], [], []]
+
+
 def test_the_model_is_afterwards_what_it_was():
     model = llava()
     x, _ = inputs("one", model)
@@ -144,7 +163,7 @@ def test_batch_equals_singles(name, kind, impl):
                 for a, t in zip(alone.stages, together.stages, strict=True):
                     assert torch.equal(a.kept[0], t.kept[b]) and torch.equal(a.origin[0], t.origin[b])
                     assert a.tokens_out[0] == t.tokens_out[b] and a.recycled[0] == t.recycled[b]
-                if alone.raters:
+                if len(alone.raters[0]):
                     assert torch.equal(alone.raters[0] + offset, together.raters[b])
 
 
