@@ -98,7 +98,8 @@ class VisionMethod(Method):
         vision = self._vision
         vision.announced, vision.pictures = False, None
         for b, (n, schedule) in enumerate(zip(prefill.n_visual, prefill.schedules, strict=True)):
-            if n and schedule.keep[0] < n and schedule.keep[0] != self._made(prefill.batch, b, n):
+            keep = schedule.keep[0] if n and schedule.keep else n
+            if keep < n and keep != self._made(prefill.batch, b, n):
                 raise ValueError(
                     f"method {self.name!r} acts while pictures are encoded, and these were encoded without it or "
                     "without their prompt; pass input_ids and pixel values together, inside the `with` block"
@@ -129,6 +130,9 @@ class VisionMethod(Method):
                 return  # images and video in one prompt: their order is not known here
             samples.append(own[0] if own else None)
         default = record._details
+        if record.layer >= 0:
+            record._details = partial(_later_details, default, samples)
+            return
         record.recycled = [0 if s is None else s[0].extra(s[1]) for s in samples]
         record._details = partial(_details, default, samples)
 
@@ -141,3 +145,9 @@ def _details(default: Callable, samples: list[tuple[Encoding, int] | None]) -> t
             scores[b], kept[b] = sample[0].trace(sample[1])
             origin[b] = kept[b]
     return scores, kept, origin
+
+
+def _later_details(default: Callable, samples: list[tuple[Encoding, int] | None]) -> tuple[list, list, list]:
+    """The same for a stage inside the language model, whose tokens are known by their slots."""
+    scores, kept, origin = default()
+    return scores, kept, [o if s is None else s[0].origins(s[1])[o] for o, s in zip(origin, samples, strict=True)]

@@ -203,6 +203,17 @@ class Encoding:
             for group, made in zip(self.groups, self.reduced, strict=True)
         )
 
+    def origins(self, p: int) -> Tensor:
+        """[V] which visual token of prompt p the row in each of its slots is; -1 = none."""
+        tokens, first = self.tower.tokens, sum(self.prompts[:p])
+        out = torch.full((self.prompts[p] * tokens,), -1)
+        for k in range(self.prompts[p]):
+            for group, made in zip(self.groups, self.reduced, strict=True):
+                if first + k in group:
+                    origin = made.origin[group.index(first + k)].cpu()
+                    out[k * tokens : k * tokens + len(origin)] = torch.where(origin < 0, -1, origin + k * tokens)
+        return out if self.groups else torch.arange(len(out))
+
     def trace(self, p: int) -> tuple[Tensor | None, Tensor]:
         """Scores [V] of the visual tokens of prompt p, and the kept ones among them [K] int64, ascending."""
         first, scores, kept = sum(self.prompts[:p]), [], []

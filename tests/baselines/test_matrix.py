@@ -35,6 +35,7 @@ class Row:
 
 NO_TOWER = {"text": "acts in the vision tower"}
 METHODS = {
+    "aim": Row({"budget": 7}, refuses=NO_TOWER),
     "cdpruner": Row(refuses=dict.fromkeys(NAMES, "text tower of the CLIP model") | NO_TOWER),
     "dart": Row(),
     "divprune": Row(refuses=NO_TOWER),

@@ -1,0 +1,185 @@
+"""AIM (arXiv 2412.03248, ICCV 2025): merge before the language model, then prune to nothing inside it.
+
+1. Merging: patches are dealt alternately into A and B; every A proposes the B whose key is closest by cosine (whole
+   keys of the tower's block after the one that is read; of that one if it is the last); as many as needed, at most all
+   of A, are merged by a plain mean; repeated with merged keys until n0 tokens are left. They come as unmerged A, most
+   similar first, then B.
+2. Pruning: after each of the layers 13 ... 20 (of 32) another eighth of the n0 tokens goes; after layer 20 none is
+   left. Importance of a token: M = softmax(logits / 0.1) per head; a uniform vector over all tokens is multiplied by M
+   five times; the root of the mean square over heads. Text always stays. Position ids are those of the merged prompt.
+
+The budget is the mean over the layers, as for every method; it determines n0 (32 layers: 373, 249, 125 for 192, 128,
+64); `merge_to` gives it directly (per picture; the authors' 252 and 72). A budget above what is left without merging
+(297 of 576) cannot be expressed. Layers scale with the depth of the model.
+
+Source: the paper and the authors' image code (Apache-2.0). Deviations: dropped tokens are really gone (the released
+code only masks them); importance is computed in the pruning layers only, where it needs all rows of the attention; in
+a second turn it flows among the turn's own tokens; pictures of a prompt, and frames, share n0 and merge within
+themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparsevlm.budget import Schedule, check_budget, check_layers
+from sparsevlm.core.merging import match, merge_mean, most_removable, survivors
+from sparsevlm.methods._vision import VisionMethod
+from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.prefill import Prefill
+from sparsevlm.runtime.stage import Stage
+from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision, share
+
+_FIRST, _LAST, _DEPTH = 13, 20, 32
+
+
+@dataclass
+class AIM(VisionMethod):
+    """Merging and pruning.
+
+    Attributes:
+        merge_to: tokens per picture after merging, instead of a budget.
+        first, last: 0-based layers after which pruning starts and ends; None = 13 and 20 of 32, scaled.
+        prune: False = only merge; the budget is then the number of merged tokens.
+        steps: multiplications by M.
+        temperature: of its softmax.
+    """
+
+    merge_to: int | None = None
+    first: int | None = None
+    last: int | None = None
+    prune: bool = True
+    steps: int = 5
+    temperature: float = 0.1
+
+    name: ClassVar[str] = "aim"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.merge_to is not None and self.budget is not None:
+            raise ValueError("give either a budget or merge_to, not both")
+        if self.merge_to is not None and self.merge_to < 1:
+            raise ValueError(f"merge_to {self.merge_to} must be at least 1")
+        if self.steps < 0 or self.temperature <= 0:
+            raise ValueError(
+                f"steps {self.steps} must not be negative, temperature {self.temperature} must be positive"
+            )
+
+    @property
+    def active(self) -> bool:
+        return self.merge_to is not None or super().active
+
+    def check(self, family: Family) -> None:
+        super().check(family)
+        self._layers(family.n_layers)
+
+    # ---- budgets ---------------------------------------------------------------------------------------------------
+    def _layers(self, n_layers: int) -> tuple[int, ...]:
+        if not self.prune:
+            return ()
+        ends = [
+            min(int(default * n_layers / _DEPTH + 0.5), n_layers - 2) if given is None else given
+            for given, default in ((self.first, _FIRST), (self.last, _LAST))
+        ]
+        if ends[0] > ends[1]:
+            raise ValueError(f"first layer {ends[0]} comes after the last one, {ends[1]}")
+        layers = tuple(range(ends[0], ends[1] + 1))
+        check_layers(layers, n_layers)
+        return layers
+
+    def _schedule(self, merged: int, n_visual: int, n_layers: int) -> Schedule:
+        """Schedule of a prompt whose visual tokens are merged into `merged`."""
+        layers = self._layers(n_layers)
+        keep = (merged, *(merged * (len(layers) - i) // len(layers) for i in range(1, len(layers) + 1)))
+        none = (0,) * len(keep)
+        return Schedule(n_visual, n_layers, (-1, *layers), keep, none, none)
+
+    def _merged(self, budget: int, n_visual: int, n_layers: int) -> int:
+        """Tokens to merge into, so that the mean over the layers is nearest to the budget."""
+        means = [abs(self._schedule(n, n_visual, n_layers).leaving - budget) for n in range(1, n_visual + 1)]
+        most = self._schedule(n_visual, n_visual, n_layers).leaving
+        if budget > most + 0.5:
+            raise ValueError(
+                f"'aim' prunes to nothing in the model: without merging {most:.1f} of {n_visual} tokens per layer are "
+                f"left, so budget {budget} is out of reach; use at most {int(most)}, 'full', or later layers"
+            )
+        return 1 + means.index(min(means))
+
+    def spend(self, sizes: Sequence[int]) -> list[int]:
+        if self.merge_to is not None:
+            return [check_budget(self.merge_to, size) for size in sizes]
+        budget, total = check_budget(self.budget, sum(sizes)), sum(sizes)
+        return list(sizes) if budget == total else share(self._merged(budget, total, self._depth), sizes)
+
+    def plan(self, n_visual: int, n_layers: int) -> Schedule:
+        if not self.active or check_budget(self.budget, n_visual) == n_visual:
+            return Schedule(n_visual, n_layers, (), (), (), ())
+        if self.merge_to is None:
+            return self._schedule(self._merged(self.budget, n_visual, n_layers), n_visual, n_layers)
+        size = n_visual if self._vision is None else self._vision.tokens
+        return self._schedule(self.merge_to * max(1, round(n_visual / size)), n_visual, n_layers)
+
+    # ---- merging ---------------------------------------------------------------------------------------------------
+    def hooks(self, family: Family) -> list[RemovableHandle]:
+        self._depth = family.n_layers
+        return super().hooks(family)
+
+    def tower_hooks(self, vision: Vision, tower: Tower) -> list[RemovableHandle]:
+        def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
+            self._keys = out
+
+        blocks = tower.module.encoder.layers
+        block = blocks[min(tower.layer + 1, len(blocks) - 1)]
+        return [block.self_attn.k_proj.register_forward_hook(keep)]
+
+    def encode(self, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
+        try:
+            return super().encode(pictures, encoding)
+        finally:
+            del self._keys
+
+    def _group(self, pictures: Pictures, count: int, rows: list[int]) -> Reduced:
+        if count in (0, pictures.features.shape[1]):
+            return super()._group(pictures, count, rows)
+        cls = int(pictures.tower.cls)
+        x, metric = pictures.features[:, cls:], self._keys[rows][:, 1:]
+        index = torch.arange(cls, cls + x.shape[1], device=x.device).expand(x.shape[0], -1)
+        while (now := x.shape[1]) > count:
+            r = min(now - count, most_removable(now, False))
+            pairs = match(metric, r, protect_first=False, ordered=False)
+            x, metric, index = merge_mean(x, pairs), merge_mean(metric, pairs), survivors(index, pairs)
+        return Reduced(x, index)
+
+    # ---- pruning ---------------------------------------------------------------------------------------------------
+    def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
+        self.positions = "renumber"
+        super().begin(prefill, embeddings)
+
+    def score(self, stage: Stage) -> Tensor:
+        if stage.layer < 0:
+            return super().score(stage)
+        self.positions = "original"  # those of the merged prompt
+        length = stage.hidden.shape[1]
+        flow = (stage.attention(length)[..., -length:].log() / self.temperature).softmax(-1)
+        start = _prompt(stage.prefill, length).to(flow.dtype).expand(flow.shape[0], -1)
+        p = (start / start.sum(1, keepdim=True))[:, None, None].expand(-1, flow.shape[1], -1, -1)
+        for _ in range(self.steps):
+            p = p @ flow
+        return p[:, :, 0].square().mean(1).sqrt().gather(1, stage.visual_index)
+
+
+def _prompt(prefill: Prefill, length: int) -> Tensor:
+    """[B or 1, L] bool: tokens of the prompt. Padding, and what is generated without a cache, are none."""
+    mask = prefill.key_mask
+    real = torch.ones(1, length, dtype=torch.bool, device=prefill.device) if mask is None else mask[:, -length:]
+    if prefill.text_valid is None:
+        return real
+    text = nn.functional.pad(prefill.text_valid, (length - prefill.tail, 0))
+    ahead = text | prefill.visual_flag
+    return real & (ahead.flip(1).cumsum(1).flip(1) > 0)
