@@ -157,13 +157,13 @@ class Reduced:
     """What a method makes of n pictures.
 
     Attributes:
-        rows: [n, T, d] in the order in which the language model shall see them.
+        rows: [n, T, d] in the order in which the language model shall see them; None once they are handed on.
         origin: [n, T] int64, the visual token that each row is, or is the centre of; -1 = none.
         scores: [n, N] float scores of the visual tokens, None = the method has none.
         extra: number of rows whose origin is -1.
     """
 
-    rows: Tensor
+    rows: Tensor | None
     origin: Tensor
     scores: Tensor | None = None
     extra: int = 0
@@ -316,6 +316,8 @@ class Vision:
         if self.method.after_projector:
             out = torch.cat([made.rows.flatten(0, 1) for made in self._make(out).reduced])
         e, self.encoding, self.captured = self.encoding, None, {}
+        for made in e.reduced:
+            made.rows = None  # a trace may keep the rest for long
         order = [i for group in e.groups for i in group]
         parts = out.split([e.counts[i] for i in order])
         parts = [F.pad(rows, (0, 0, 0, e.tower.tokens - rows.shape[0])) for rows in parts]
