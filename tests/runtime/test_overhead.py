@@ -67,6 +67,19 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Projections(TorchFunctionMode):
+    """Counts the multiply-adds of linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.macs = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear:
+            self.macs += args[0].numel() * args[1].shape[0]
+        return func(*args, **(kwargs or {}))
+
+
 def _is_boolean(index) -> bool:
     parts = index if isinstance(index, tuple) else (index,)
     return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
@@ -110,6 +123,33 @@ def test_no_matrix_of_all_tokens_by_all_tokens(name, options):
     survivors = BEFORE + KEEP[0] + pool + TEXT
     # rows of the raters; distances within the pool; with early drop the mask of the rows that outlive a layer
     assert largest(pruned) <= max(largest(plain), heads * TEXT * LENGTH, pool**2, survivors * LENGTH)
+
+
+@pytest.mark.parametrize("name,options", FORMS)
+@pytest.mark.parametrize("cached", [True, False])
+@torch.no_grad()
+def test_every_row_is_projected_once(name, options, cached):
+    """Scoring adds the queries of the text; with early drop a pruning layer spares what it drops but keys and values."""
+    model = tiny()
+    embeds, visual = example()
+    with METHODS[name](**options)(model, visual_mask=visual) as trace, Projections() as seen:
+        model(inputs_embeds=embeds, use_cache=cached)
+    stages = {stage.layer: stage for stage in trace.prefills[0].stages}
+    key_value, query = 2 * 64 * 32, 64 * 64
+    other = sum(p.numel() for p in model.model.layers[0].parameters() if p.dim() == 2) - key_value
+    length, expected = LENGTH, LENGTH * 64 * 100  # the vocabulary
+    if -1 in stages:
+        length -= VISUAL - stages[-1].tokens_out[0]
+    for layer in range(8):
+        expected += length * (key_value + other)
+        if layer in stages:
+            stage = stages[layer]
+            dropped = stage.tokens_in[0] - len(stage.kept[0])
+            pool = int(0.3 * dropped) + 1 if METHODS[name]().recycle else 0
+            spared = dropped - pool if options["early_drop"] and cached else 0
+            expected += TEXT * query - spared * other
+            length -= stage.tokens_in[0] - stage.tokens_out[0]
+    assert seen.macs == expected
 
 
 @torch.no_grad()
