@@ -65,6 +65,8 @@ def drop_early(prefill: Prefill, decision: Decision, stage: Stage) -> tuple[Tens
     past = 0 if earlier is None else earlier.shape[2]
     if p.cache is not None:
         p.cache.update(keys, values, stage.layer)
+    # merged tokens go where the last visual token was, though it be dropped
+    p.visual_end = (alive <= p.visual_index[:, -1:]).sum(1, keepdim=True) - 1
     mask = _mask(p, alive, gone, past)
     _follow(p, decision, alive, gone, stay)
     p.segment_masks = FixedMask(p.family, mask, p.rope)

@@ -33,6 +33,7 @@ class Prefill:
         tokens: rows per sample, padding excluded.
         n_visual: visual tokens per sample (0: the sample is left alone).
         visual_flag [B, L], visual_index [B, V], visual_valid [B, V] or None: where they are.
+        visual_end: [B, 1] the row that merged tokens follow, where that is not the last visual one (early drop).
         source: [B, L] int64, index of each row in the call's input.
         merged_sources: per stage so far the `source` [B, n] of its merged tokens (-1 = none).
         rope: cos, sin [1 or B, L, d] of the current rows.
@@ -57,6 +58,7 @@ class Prefill:
         if min(self.n_visual) != width:
             self.visual_valid = torch.arange(width, device=device) < self._column(self.n_visual)
         self.visual_flag = torch.from_numpy(prompt.visual).to(device)
+        self.visual_end: Tensor | None = None
         self.text_valid = None if prompt.text.all() else torch.from_numpy(prompt.text).to(device)
         self.source = torch.arange(self.length, device=device).expand(self.batch, -1)
         self.merged_sources: list[Tensor] = []
@@ -144,6 +146,7 @@ class Prefill:
     def _apply(self, d: Decision, hidden: Tensor) -> Tensor:
         """Drop, merge and reorder: from the rows of one segment to those of the next."""
         key, hidden = self._sort_keys(d, hidden)
+        self.visual_end = None
         left = [k + m for k, m in zip(d.keep, d.merged, strict=True)]
         self.tokens = [t - n + x for t, n, x in zip(self.tokens, self.n_visual, left, strict=True)]
         length = max(self.tokens)
@@ -193,7 +196,7 @@ class Prefill:
         rows = members.gather(1, centres)  # a merged token takes the row of its centre
         states = (weights @ tokens.to(weights.dtype)).to(hidden.dtype)
         if self.method.recycled_at == "end":
-            last = self.visual_index[:, -1:]
+            last = self.visual_index[:, -1:] if self.visual_end is None else self.visual_end
             if self.visual_valid is not None:
                 last = torch.where(self.visual_flag, self._index(), -1).amax(1, keepdim=True)
             step = 1 / (width + 1)

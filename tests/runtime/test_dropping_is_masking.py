@@ -25,11 +25,11 @@ class MaskedRun:
         visual: per sample the rows of the visual tokens, in order.
     """
 
-    def __init__(self, model, x: dict, positions: str, recycled_at: str, recycle: bool):
+    def __init__(self, model, x: dict, positions: str, recycled_at: str, share: float):
         self.decoder, self.head = model.model.language_model, model.lm_head
         ids, real = x["input_ids"], x["attention_mask"].bool()
         self.hidden = self._embeddings(model, x)
-        self.renumber, self.at_end, self.recycle = positions == "renumber", recycled_at == "end", recycle
+        self.renumber, self.at_end, self.share = positions == "renumber", recycled_at == "end", share
         self.alive = real.clone()
         self.order = torch.arange(ids.shape[1], dtype=torch.float64).repeat(len(ids), 1)
         self.positions = (real.long().cumsum(1) - 1).clamp(min=0)
@@ -71,7 +71,7 @@ class MaskedRun:
         assert min(scores[i] for i in kept) >= max(scores[i] for i in dropped)
         self.alive[b, [rows[i] for i in dropped]] = False
         left = [rows[i] for i in kept]
-        if self.recycle:
+        if self.share:
             left += self._merge(
                 b, [rows[i] for i in sorted(dropped, key=lambda i: -scores[i])], max(rows, key=self._at(b))
             )
@@ -86,7 +86,7 @@ class MaskedRun:
 
     def _merge(self, b: int, dropped: list[int], last: int) -> list[int]:
         """Rows of the tokens merged out of `dropped`, which come in order of score."""
-        pool = dropped[: int(0.3 * len(dropped)) + 1]
+        pool = dropped[: int(self.share * len(dropped)) + 1]
         k = int(0.1 * len(pool)) + 1
         tokens = self.hidden[b, pool]
         centres, _ = density_peaks(tokens, k)
@@ -99,11 +99,11 @@ class MaskedRun:
         return rows
 
 
-def check(model, x: dict, method, positions: str, recycled_at: str, recycle: bool) -> None:
+def check(model, x: dict, method, positions: str, recycled_at: str, share: float = 0.3) -> None:
     positions_in = (x["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad(), method(model) as trace:
         got = model(**x, position_ids=positions_in).logits
-    masked = MaskedRun(model, x, positions, recycled_at, recycle)
+    masked = MaskedRun(model, x, positions, recycled_at, share)
     with torch.no_grad():
         want = masked.logits(trace.prefills[0])
     assert masked.alive.sum() < x["attention_mask"].sum()
@@ -127,7 +127,7 @@ def build(kind: str, positions: str, recycled_at: str, **options):
 def test_sparsevlm(kind, layout, place, options):
     model = llava()
     x, _ = inputs(layout, model)
-    check(model, x, build(kind, *place, **options), *place, True)
+    check(model, x, build(kind, *place, **options), *place)
 
 
 @pytest.mark.parametrize("options", EARLY_DROP)
@@ -141,7 +141,7 @@ def test_without_recycling(name, layout, options):
         "plain": lambda: sparsevlm.build("sparsevlm", layers=(0, 1, 2, 6), keep=(30, 25, 9, 1), recycle=0.0, **options),
         "random": lambda: sparsevlm.build("random", budget=9),
     }[name]()
-    check(model, x, method, method.positions, "end", False)
+    check(model, x, method, method.positions, "end", 0.0)
 
 
 @pytest.mark.parametrize("options", EARLY_DROP)
@@ -152,7 +152,23 @@ def test_every_layer_prunes(place, options):
     x, _ = inputs("batch", model)
     layers, keep = tuple(range(7)), (30, 21, 15, 10, 6, 3, 1)
     method = sparsevlm.build("sparsevlm", layers=layers, keep=keep, positions=place[0], recycled_at=place[1], **options)
-    check(model, x, method, *place, True)
+    check(model, x, method, *place)
+
+
+@pytest.mark.parametrize("options", EARLY_DROP)
+@pytest.mark.parametrize("place", PLACES)
+def test_every_token_of_the_last_image_is_dropped(place, options):
+    """Merged tokens still come where that image was: after the text between the two."""
+    model = llava()
+    torch.manual_seed(0)
+    ids, mask = pad([prompt([3, "I", 4, "I", 5], n_image=36)])
+    x = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 42, 42, dtype=model.dtype)}
+    method = sparsevlm.build(
+        "sparsevlm", layers=(1, 4), keep=(2, 1), recycle=0.05, positions=place[0], recycled_at=place[1], **options
+    )
+    method_scores = method.score
+    method.score = lambda stage: method_scores(stage) - 10.0 * (stage.visual_index >= 43)  # the second image last
+    check(model, x, method, *place, 0.05)
 
 
 @pytest.mark.parametrize("options", EARLY_DROP)
@@ -164,4 +180,4 @@ def test_video_beside_image(options):
     x["pixel_values_images"] = torch.randn(1, 3, 28, 28, dtype=model.dtype)
     x["pixel_values_videos"] = torch.randn(1, 8, 3, 28, 28, dtype=model.dtype)
     method = sparsevlm.build("sparsevlm", layers=LAYERS, keep=(60, 30, 10), **options)
-    check(model, x, method, "renumber", "end", True)
+    check(model, x, method, "renumber", "end")

@@ -129,7 +129,7 @@ def test_no_matrix_of_all_tokens_by_all_tokens(name, options):
 @pytest.mark.parametrize("cached", [True, False])
 @torch.no_grad()
 def test_every_row_is_projected_once(name, options, cached):
-    """Scoring adds the queries of the text; early drop spares a pruning layer all of a dropped row but key and value."""
+    """Scoring adds queries of the text; early drop spares a pruning layer all but key and value of a dropped row."""
     model = tiny()
     embeds, visual = example()
     with METHODS[name](**options)(model, visual_mask=visual) as trace, Projections() as seen:

@@ -132,7 +132,7 @@ def check_record(record, batch: list[Row], method, cached: list[int], offset: li
             raters = record.raters[b].tolist()
             first = offset[b] + len(row.visual) - text_after
             assert raters == sorted(set(raters)) and all(first <= r < first + text_after for r in raters)
-            assert bool(raters) == bool(text_after)
+            assert bool(raters) == (bool(text_after) and method.needs_text)
         count, origin, lengths, after = n, list(range(n)), [n] * N_LAYERS, -2
         for stage in record.stages:
             assert stage.tokens_in[b] == count and stage.layer > after
