@@ -82,7 +82,8 @@ def test_all_and_last():
 @given(st.integers(0, 10**6), st.sampled_from(RULES), st.data())
 def test_a_masked_batch_equals_its_samples_alone(seed, rule, data):
     visual, text = draw(seed)
-    sizes = [(data.draw(st.integers(1, 20)), data.draw(st.integers(1, 9))) for _ in range(3)]
+    fewest = 3 if rule == "centred" else 1  # two centred tokens are opposite: two text tokens tie exactly
+    sizes = [(data.draw(st.integers(fewest, 20)), data.draw(st.integers(1, 9))) for _ in range(3)]
     generator = torch.Generator().manual_seed(seed)
     v_at = [torch.randperm(20, generator=generator)[:v].sort().values for v, _ in sizes]
     t_at = [torch.randperm(9, generator=generator)[:t].sort().values for _, t in sizes]

@@ -66,7 +66,8 @@ def methods(draw, fewest_visual: int):
     layers = sorted(draw(st.sets(st.integers(-1, N_LAYERS - 2), min_size=1, max_size=4)))
     options = {
         "layers": layers,
-        "raters": draw(st.sampled_from(RULES)),
+        # two centred tokens are opposite: two text tokens tie exactly, and rounding chooses
+        "raters": draw(st.sampled_from([rule for rule in RULES if rule != "centred" or fewest_visual > 2])),
         "recycle": draw(st.sampled_from([0.0, 0.3, 0.3, 1.0])),
         "cluster": draw(st.sampled_from([0.1, 0.5])),
         "merge": draw(st.sampled_from(["mean", "sum"])),
