@@ -4,8 +4,9 @@
 
 What is counted: the matrix products (linear layers, QK^T and PV of attention, patch embedding, and the pruning method's
 own: rater choice, rater rows, clustering, merging) of one unmodified forward pass with the method's hooks in place.
-What is not: element-wise work, norms, softmax, rotary embedding, sorting. No credit is taken for causality: attention
-over n tokens counts n x n, in the scores and in their product with the values, as the paper's formula does.
+What is not: element-wise work, norms, softmax, rotary embedding, sorting, the singular values behind a rank. No credit
+is taken for causality: attention over n tokens counts n x n, in the scores and in their product with the values, as the
+paper's formula does.
 
 Units: GMACs. fvcore, and the "TFLOPs" of the SparseVLM paper, count one multiply-add as one; 1 MAC = 2 FLOPs.
 Every layer that a real forward runs is counted, also CLIP's last one, whose output LLaVA-1.5 never reads (8 GMAC for an
@@ -15,22 +16,38 @@ image of 336 pixels; a tracer that removes dead code misses it).
 from __future__ import annotations
 
 import argparse
-import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration
+from torch import Tensor
 
 from sparsevlm import methods
+from sparsevlm.cost.counters import PROJECTOR, Decode, Prefill, countable, fvcore_gmacs, meta_model, tower_names
 from sparsevlm.cost.shapes import PUBLISHED, load_config, make_prompt
 from sparsevlm.methods import build
+from sparsevlm.methods.base import Method
+from sparsevlm.methods.sparsevlm import SparseVLM
+from sparsevlm.methods.sparsevlm_rank import SparseVLMRank
 
 PARTS = ("llm_prefill", "vision", "projector", "decode")
+Setting = tuple[str, int | str | None, dict]
+
+
+@dataclass(frozen=True)
+class Count:
+    """The cost of one setting.
+
+    Attributes:
+        gmacs: by part, see `count`.
+        lengths: all tokens, visual and text, that enter each decoder layer.
+        entering, leaving: mean visual tokens per layer.
+    """
+
+    gmacs: dict[str, float]
+    lengths: list[int]
+    entering: float
+    leaving: float
 
 
 def count(
@@ -38,15 +55,18 @@ def count(
     method: str = "none",
     budget: int | str | None = "full",
     text_tokens: int = 118,
+    rank: int | None = None,
     **method_options,
 ) -> dict[str, float]:
     """Count the multiply-adds of one image (or one video of 8 frames) and its prompt, at batch 1.
 
     Args:
-        model: "llava-1.5-7b", "llava-1.5-13b", "video-llava-7b", "mini", or a folder that holds a config.json.
+        model: "llava-1.5-7b", "llava-1.5-13b", "video-llava-7b", "mini", a folder that holds a config.json, or a text
+            model such as "llama-1024x16".
         method: one of `sparsevlm.methods()`.
         budget: mean visual tokens per layer, or "full"; None where the method's own options say how many stay.
         text_tokens: all tokens that are not visual. 118 reproduces the paper's column (4.62 TMAC unpruned).
+        rank: of the attention at every pruning layer, for `sparsevlm_rank`, whose token counts follow from it.
         **method_options: passed on to the method.
 
     Returns:
@@ -54,10 +74,61 @@ def count(
         and the head on the last token) and `decode` (one token after the prompt, head included).
 
     Raises:
-        ValueError: unknown model, method or option; a method whose kept counts depend on the picture.
+        ValueError: unknown model, method or option; a method whose kept counts depend on the picture, without a rank.
         ImportError: fvcore is not installed.
     """
-    return _run(model, method, budget, text_tokens, method_options)[0]
+    return run(model, method, budget, text_tokens, rank, **method_options).gmacs
+
+
+def run(
+    model: str, method: str, budget: int | str | None, text_tokens: int, rank: int | None = None, **method_options
+) -> Count:
+    """As `count`, with the lengths that were counted."""
+    pruner = _known_counts(build(method, budget=budget, **method_options), rank)
+    config = load_config(model)
+    net = meta_model(model)
+    prompt = make_prompt(config, text_tokens, device="meta", dtype=net.dtype)
+    step = torch.empty(1, 1, dtype=torch.long, device="meta")
+    prefill = Prefill(net, tuple(prompt.inputs))
+    with countable(net), pruner(net, visual_mask=prompt.visual_mask) as trace:
+        by_module = fvcore_gmacs(prefill, tuple(prompt.inputs.values()))
+        per_token = fvcore_gmacs(Decode(net, prefill.cache), (step,))[""]
+    parts = {**split(by_module, net), "decode": per_token}
+    if trace.prefills:
+        record = trace.prefills[0]
+        return Count(parts, lengths_entering(record), record.entering[0], record.leaving[0])
+    n = prompt.visual_tokens
+    layers = getattr(config, "text_config", config).num_hidden_layers
+    return Count(parts, [n + text_tokens] * layers, float(n), float(n))
+
+
+def split(by_module: dict[str, float], net: torch.nn.Module) -> dict[str, float]:
+    """`llm_prefill`, `vision` and `projector` of counts per submodule of a `Prefill`."""
+    towers = sum(by_module[f"net.model.{name}"] for name in tower_names(net))
+    projector = by_module.get(f"net.model.{PROJECTOR}", 0.0)
+    return {"llm_prefill": by_module[""] - towers - projector, "vision": towers, "projector": projector}
+
+
+def _known_counts(pruner: Method, rank: int | None) -> Method:
+    """The method, with its token counts known beforehand."""
+    if rank is None and not pruner.adaptive:
+        return pruner
+    if rank is None:
+        raise ValueError(
+            f"method {pruner.name!r} keeps as many tokens as the picture asks for: without running it they are "
+            "unknown. Give the rank= of the attention, or count a fixed schedule (layers=..., keep=...)"
+        )
+    if not isinstance(pruner, SparseVLMRank):
+        raise ValueError(f"rank={rank} is for sparsevlm_rank; the token counts of {pruner.name!r} do not follow a rank")
+    if rank < 1:
+        raise ValueError(f"rank={rank}: give 1 or more")
+
+    class KnownRank(SparseVLMRank):
+        def score(self, stage) -> Tensor:
+            self._ranks = [rank] * len(stage.n_visual)
+            return SparseVLM.score(self, stage)
+
+    return KnownRank(**{f.name: getattr(pruner, f.name) for f in fields(pruner) if f.init})
 
 
 def formula_gmacs(lengths: Sequence[int], hidden_size: int, intermediate_size: int) -> float:
@@ -84,214 +155,86 @@ def lengths_entering(prefill, sample: int = 0) -> list[int]:
     return lengths
 
 
-def _run(model: str, method: str, budget, text_tokens: int, options: dict) -> tuple[dict[str, float], object]:
-    """GMACs and the trace's record of the prefill (None if nothing was pruned)."""
-    pruner = build(method, budget=budget, **options)
-    if pruner.adaptive:
-        raise ValueError(
-            f"method {method!r} with {options or 'its defaults'} keeps as many tokens as the picture asks for: without "
-            "running it they are unknown. Count a fixed schedule (layers=..., keep=...) of the counts it reached"
-        )
-    config = load_config(model)
-    net = _meta_model(model)
-    prompt = make_prompt(config, text_tokens, device="meta", dtype=net.dtype)
-    step = torch.empty(1, 1, dtype=torch.long, device="meta")
-    prefill, decode = _Prefill(net), _Decode(net)
-    with _countable(net), pruner(net, visual_mask=prompt.visual_mask) as trace:
-        by_module = _gmacs(prefill, tuple(prompt.inputs.values()))
-        decode.cache = prefill.cache
-        per_token = _gmacs(decode, (step,))[""]
-    towers = sum(by_module[f"net.model.{name}"] for name in _tower_names(net))
-    projector = by_module["net.model.multi_modal_projector"]
-    parts = {
-        "llm_prefill": by_module[""] - towers - projector,
-        "vision": towers,
-        "projector": projector,
-        "decode": per_token,
-    }
-    return parts, (trace.prefills[0] if trace.prefills else None)
-
-
-class _Prefill(nn.Module):
-    """A forward over tensors in a fixed order; also returns what the towers made, so that no layer looks unused."""
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-        self.cache = None
-
-    def forward(self, input_ids: torch.Tensor, pixels: torch.Tensor):
-        name = "pixel_values_videos" if pixels.dim() == 5 else "pixel_values"
-        seen: list[torch.Tensor] = []
-        hooks = [
-            getattr(self.net.model, tower).register_forward_hook(lambda _m, _a, out: seen.append(out.last_hidden_state))
-            for tower in _tower_names(self.net)
-        ]
-        try:
-            out = self.net(input_ids=input_ids, **{name: pixels}, use_cache=True, logits_to_keep=1)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.cache = out.past_key_values
-        return out.logits, *seen
-
-
-class _Decode(nn.Module):
-    """One token after the prompt, on the cache that the prefill left."""
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-        self.cache = None
-
-    def forward(self, input_ids: torch.Tensor):
-        return self.net(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits
-
-
-def _tower_names(net: nn.Module) -> list[str]:
-    return [name for name in ("vision_tower", "video_tower", "image_tower") if hasattr(net.model, name)]
-
-
-@lru_cache(maxsize=2)
-def _meta_model(model: str) -> nn.Module:
-    config = load_config(model)
-    cls = VideoLlavaForConditionalGeneration if config.model_type == "video_llava" else LlavaForConditionalGeneration
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        net = cls(config).eval()
-    net = net.to(torch.float16)
-    decoder = net.model.language_model  # SparseVLM+ works out its kernel on the host, from the true frequencies
-    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config)
-    return net
-
-
-@contextmanager
-def _countable(net: nn.Module) -> Iterator[None]:
-    """Let a forward run on meta tensors under a tracer, with the same products.
-
-    The patch convolution becomes unfold + linear (on meta, its shape check fails under the tracer), and the library's
-    comparison of image tokens with image features, which reads a value, is switched off by its own variable.
-    """
-    variable = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-    before = os.environ.get(variable)
-    patched = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    for module in patched:
-        module.forward = _as_linear(module)
-    os.environ[variable] = "1"
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            yield
-    finally:
-        for module in patched:
-            del module.forward
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
-
-
-def _as_linear(conv: nn.Conv2d) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The forward of a convolution whose stride is its kernel, as a linear layer over patches."""
-    if conv.stride != conv.kernel_size or conv.padding not in ((0, 0), "valid") or conv.groups != 1:
-        raise ValueError(f"cannot count {conv}: only patch embeddings (stride = kernel, no padding) are known")
-    k = conv.kernel_size[0]
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        b, c, h, w = (int(s) for s in x.shape)
-        patches = x.reshape(b, c, h // k, k, w // k, k).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * k * k)
-        out = F.linear(patches, conv.weight.flatten(1), conv.bias)
-        return out.transpose(1, 2).reshape(b, -1, h // k, w // k)
-
-    return forward
-
-
-def _gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]):
-    """GMACs per submodule ("" = all), by fvcore."""
-    try:
-        from fvcore.nn import FlopCountAnalysis
-    except ImportError as error:
-        raise ImportError("counting needs fvcore: pip install fvcore") from error
-    analysis = FlopCountAnalysis(module, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    analysis.tracer_warnings("none")
-    analysis.set_op_handle("aten::scaled_dot_product_attention", _sdpa_macs)
-    analysis.set_op_handle("aten::layer_norm", lambda inputs, outputs: 0)  # None would leave fvcore's own handle
-    return {name: macs / 1e9 for name, macs in analysis.by_module().items()}
-
-
-def _shape(value) -> list[int]:
-    from fvcore.nn.jit_handles import get_shape
-
-    return get_shape(value)
-
-
-def _sdpa_macs(inputs, outputs) -> int:
-    """QK^T and PV, which fvcore has no handle for. Grouped keys are repeated by the kernel: queries' heads count."""
-    batch, heads, queries, width = _shape(inputs[0])
-    return batch * heads * queries * _shape(inputs[1])[2] * (width + _shape(inputs[2])[3])
-
-
 def table(
-    models: Sequence[str], method_names: Sequence[str], budgets: Sequence[int | str], text_tokens: int
+    model: str, settings: Sequence[Setting], text_tokens: int, progress: Callable[[], None] | None = None
 ) -> list[dict[str, object]]:
-    """One row per model, method and budget; "none" has one row, at "full", and the others none there.
+    """One row per setting (method, budget, options; of the options `rank` is `count`'s).
+
+    Args:
+        progress: called after each count; there is one more of them than settings, the unpruned model's.
 
     Returns:
-        Rows with `model`, `method`, `budget`, `entering`, `leaving` (mean visual tokens per layer), the four counts of
-        :func:`count` in GMACs, and `saved_percent`, the LLM prefill's saving against the unpruned model.
+        Rows with `model`, `method`, `budget`, `options`, `text_tokens`, `entering`, `leaving` (mean visual tokens per
+        layer), `gmacs` (see `count`), `formula_gmacs` (the paper's formula on the lengths that enter the layers) and
+        `saved_percent`, what the LLM prefill saves against the unpruned model.
     """
+    text = getattr(load_config(model), "text_config", load_config(model))
+    full = count(model, text_tokens=text_tokens)["llm_prefill"]
     rows = []
-    for model in models:
-        full = None
-        for method in method_names:
-            for budget in ["full"] if method == "none" else [b for b in budgets if b != "full"]:
-                parts, prefill = _run(model, method, budget, text_tokens, {})
-                if full is None:
-                    full = parts if method == "none" else count(model, text_tokens=text_tokens)
-                visual = make_prompt(load_config(model), text_tokens, device="meta").visual_tokens
-                rows.append({
-                    "model": model,
-                    "method": method,
-                    "budget": budget,
-                    "entering": prefill.entering[0] if prefill else float(visual),
-                    "leaving": prefill.leaving[0] if prefill else float(visual),
-                    **parts,
-                    "saved_percent": 100 * (1 - parts["llm_prefill"] / full["llm_prefill"]),
-                })  # fmt: skip
+    for name, budget, options in settings:
+        if progress is not None:
+            progress()
+        counted = run(model, name, budget, text_tokens, **options)
+        rows.append({
+            "model": model,
+            "method": name,
+            "budget": budget,
+            "options": options,
+            "text_tokens": text_tokens,
+            "entering": counted.entering,
+            "leaving": counted.leaving,
+            "gmacs": counted.gmacs,
+            "formula_gmacs": formula_gmacs(counted.lengths, text.hidden_size, text.intermediate_size),
+            "saved_percent": 100 * (1 - counted.gmacs["llm_prefill"] / full),
+        })  # fmt: skip
+    if progress is not None:
+        progress()
     return rows
 
 
-def render(rows: Sequence[dict[str, object]], text_tokens: int) -> str:
-    """The rows of :func:`table` as a Markdown table."""
-    head = ["model", "method", "budget", "entering", "leaving", "LLM prefill GMAC", "GFLOP", "saved", "vision GMAC",
-            "projector GMAC", "decode GMAC/token"]  # fmt: skip
-    lines = [
-        f"Multiply-adds at {text_tokens} non-visual tokens, batch 1 (1 GMAC = 2 GFLOP); fvcore on the meta device.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + " --- |" * 3 + " ---: |" * (len(head) - 3),
-    ]
-    for row in rows:
-        cells = [row["model"], row["method"], str(row["budget"]), f"{row['entering']:.1f}", f"{row['leaving']:.1f}",
-                 f"{row['llm_prefill']:,.2f}", f"{2 * row['llm_prefill']:,.2f}", f"{row['saved_percent']:.1f} %",
-                 f"{row['vision']:,.2f}", f"{row['projector']:,.3f}", f"{row['decode']:,.4f}"]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def cells(row: dict[str, object]) -> dict[str, str]:
+    """A row of `table` as it is printed."""
+    options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+    gmacs = row["gmacs"]
+    return {
+        "model": row["model"],
+        "method": row["method"] + (f" ({options})" if options else ""),
+        "budget": "explicit" if row["budget"] is None else str(row["budget"]),
+        "entering": f"{row['entering']:.1f}",
+        "leaving": f"{row['leaving']:.1f}",
+        "LLM prefill GMAC": f"{gmacs['llm_prefill']:,.2f}",
+        "GFLOP": f"{2 * gmacs['llm_prefill']:,.2f}",
+        "saved %": f"{row['saved_percent']:.1f}",
+        "vision GMAC": f"{gmacs['vision']:,.2f}",
+        "projector GMAC": f"{gmacs['projector']:,.3f}",
+        "decode GMAC/token": f"{gmacs['decode']:,.3f}",
+    }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table for the chosen models, methods and budgets."""
-    parser = argparse.ArgumentParser(description="Count a pruned prefill's multiply-adds without weights.")
-    parser.add_argument("--model", nargs="+", default=["llava-1.5-7b"], help=f"{', '.join(PUBLISHED)}, mini, a folder")
+def markdown(rows: Sequence[dict[str, str]], left: int = 3) -> str:
+    """Equal dicts of cells as a Markdown table; the first `left` columns are text."""
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * left + " ---: |" * (len(head) - left)]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a table; an unknown name or an impossible budget is one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(description="Count multiply-adds of a prefill; no weights are needed.")
+    parser.add_argument(
+        "--model", nargs="+", default=["llava-1.5-7b"], help=f"{', '.join(PUBLISHED)}, mini, a folder, llama-1024x16"
+    )
     parser.add_argument("--method", nargs="+", default=["none", "random", "sparsevlm"], help=", ".join(methods()))
     parser.add_argument("--budget", nargs="+", type=int, default=[192, 128, 64], help="mean visual tokens per layer")
     parser.add_argument("--text-tokens", type=int, default=118, help="all tokens that are not visual (default: 118)")
     args = parser.parse_args(argv)
+    chosen = [(m, b, {}) for m in args.method for b in (["full"] if m == "none" else args.budget)]
     try:
-        rows = table(args.model, args.method, args.budget, args.text_tokens)
+        rows = [row for model in args.model for row in table(model, chosen, args.text_tokens)]
     except (ValueError, ImportError) as error:
         parser.error(str(error))
-    print(render(rows, args.text_tokens))
+    print(f"Multiply-adds at {args.text_tokens} non-visual tokens, batch 1 (1 GMAC = 2 GFLOP); fvcore, meta device.\n")
+    print(markdown([cells(row) for row in rows]))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from torch.utils.flop_counter import FlopCounterMode
+import torch
 
 import sparsevlm
-from sparsevlm.cost import flops
-from sparsevlm.cost.flops import count, formula_gmacs, lengths_entering
+from sparsevlm.cost import counters, flops
+from sparsevlm.cost.floor import floor
+from sparsevlm.cost.flops import count, formula_gmacs
 from sparsevlm.cost.shapes import load_config, make_prompt
 from sparsevlm.mini import weights_dir
 
@@ -51,12 +52,12 @@ def test_13b_shapes():
 
 @pytest.mark.parametrize(("budget", "paper"), [(192, 2.14), (128, 1.72), (64, 1.30)])
 def test_pruned_7b_against_the_formula_and_the_paper(budget, paper):
-    parts, prefill = flops._run("llava-1.5-7b", "sparsevlm", budget, 118, {"early_drop": False})
-    formula = formula_gmacs(lengths_entering(prefill), 4096, 11008)
+    counted = flops.run("llava-1.5-7b", "sparsevlm", budget, 118, early_drop=False)
+    parts, formula = counted.gmacs, formula_gmacs(counted.lengths, 4096, 11008)
     assert formula / 1000 == pytest.approx(paper, abs=0.02)
     overhead = parts["llm_prefill"] - HEAD_7B - formula  # raters' queries and scores, clustering, merging
     assert 0 < overhead < 0.005 * formula
-    assert parts["decode"] == pytest.approx(decode_gmacs(lengths_entering(prefill), 4096, 11008, 32064), rel=1e-6)
+    assert parts["decode"] == pytest.approx(decode_gmacs(counted.lengths, 4096, 11008, 32064), rel=1e-6)
 
 
 def test_early_drop_computes_less_and_random_nothing_extra():
@@ -69,29 +70,84 @@ def test_early_drop_computes_less_and_random_nothing_extra():
 
 
 @pytest.mark.parametrize(
-    ("method", "budget", "options"),
-    [("none", "full", {}), ("random", 100, {}), ("sparsevlm", 100, {}), ("sparsevlm_plus", 100, {})],
+    ("model", "method", "budget", "options"),
+    [
+        ("mini", "none", "full", {}),
+        ("mini", "random", 100, {}),
+        ("mini", "sparsevlm", 100, {}),
+        ("mini", "sparsevlm", 100, {"early_drop": False}),
+        ("mini", "sparsevlm_plus", 100, {}),
+        ("llama-64x4", "sparsevlm", 100, {}),
+        ("video-llava-7b", "sparsevlm", 194, {}),
+    ],
 )
-def test_torchs_counter_agrees(method, budget, options):
-    """torch counts two per multiply-add."""
-    parts, _ = flops._run("mini", method, budget, 20, options)
-    net = flops._meta_model("mini")
+def test_torchs_counter_agrees_part_by_part(model, method, budget, options):
+    parts = count(model, method, budget, 20, **options)
+    net = counters.meta_model(model)
     prompt = make_prompt(net.config, 20, device="meta", dtype=net.dtype)
-    prefill = flops._Prefill(net)
-    with flops._countable(net), sparsevlm.build(method, budget=budget, **options)(net, prompt.visual_mask):
-        with FlopCounterMode(display=False) as counter:
-            prefill(*prompt.inputs.values())
-    total = parts["llm_prefill"] + parts["vision"] + parts["projector"]
-    assert counter.get_total_flops() / 1e9 == pytest.approx(2 * total, rel=1e-9)
+    prefill = counters.Prefill(net, tuple(prompt.inputs))
+    with counters.countable(net), sparsevlm.build(method, budget=budget, **options)(net, prompt.visual_mask):
+        found = flops.split(counters.torch_gmacs(prefill, tuple(prompt.inputs.values())), net)
+        step = torch.empty(1, 1, dtype=torch.long, device="meta")
+        found["decode"] = counters.torch_gmacs(counters.Decode(net, prefill.cache), (step,))[""]
+    assert found == pytest.approx(parts, rel=1e-9)
+
+
+def test_torchs_counter_is_for_meta_tensors():
+    with pytest.raises(ValueError, match="meta"):
+        counters.torch_gmacs(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+
+
+def test_text_models_are_counted():
+    parts = count("llama-128x4x2", text_tokens=60)
+    assert parts["llm_prefill"] == pytest.approx(formula_gmacs([636] * 4, 128, 344) + 128 * 1000 / 1e9, rel=1e-9)
+    assert parts["vision"] == parts["projector"] == 0
+
+
+@pytest.mark.parametrize("name", ["llama-", "llama-64", "llama-64x0", "llama-65x2x2", "llama-6x2x2", "llama-axb"])
+def test_impossible_text_models_are_refused(name):
+    with pytest.raises(ValueError, match="shape"):
+        load_config(name)
+
+
+def test_a_known_rank_makes_rank_forms_countable():
+    """Video branch: keep the rank after layer 1; 30 % of the rest become 10 % of that many."""
+    model = "llama-64x32"
+    counted = flops.run(model, "sparsevlm_rank", None, 44, rank=11, rule="video")
+    assert [n - 44 for n in counted.lengths] == [576] * 2 + [11 + 18] * 30
+    fixed = flops.run(model, "sparsevlm", None, 44, layers=(1,), keep=(11,))
+    assert counted.gmacs == pytest.approx(fixed.gmacs, rel=1e-9)
+    v10 = flops.run(model, "sparsevlm_rank", None, 44, rank=12, rule="v1.0", scale=13.5, bias=0)
+    assert [n - 44 for n in v10.lengths[:8]] == [576] * 3 + [162 + 13] * 4 + [162 + 1]
+    with pytest.raises(ValueError, match="rank=3 is for sparsevlm_rank"):
+        count("mini", "sparsevlm", 64, rank=3)
+    with pytest.raises(ValueError, match="rank=0"):
+        count("mini", "sparsevlm_rank", None, rank=0)
+
+
+@pytest.mark.parametrize("model", ["llava-1.5-7b", "mini"])
+def test_the_floor_is_the_formula_of_its_lengths(model):
+    """The floor computes the layers on the shortened rows and nothing else: fvcore counts what the formula says."""
+    counted = flops.run(model, "sparsevlm", 128, 60, early_drop=False)
+    net, text = counters.meta_model(model), load_config(model).text_config
+    prompt = make_prompt(net.config, 60, device="meta", dtype=net.dtype)
+    prefill = counters.Prefill(net, tuple(prompt.inputs))
+    with counters.countable(net), floor(net, dict(enumerate(counted.lengths))):
+        by_module = counters.fvcore_gmacs(prefill, tuple(prompt.inputs.values()))
+    head = text.hidden_size * text.vocab_size / 1e9
+    formula = formula_gmacs(counted.lengths, text.hidden_size, text.intermediate_size)
+    assert flops.split(by_module, net)["llm_prefill"] == pytest.approx(formula + head, rel=1e-9)
+    assert [layer.keys.shape[2] for layer in prefill.cache.layers] == counted.lengths
+    assert 1 < counted.gmacs["llm_prefill"] / (formula + head) < 1.02
 
 
 def test_clustering_counts_its_distances():
     pool, merged = 100, 11  # int(0.3 * 332) + 1 of 332 dropped tokens, int(0.1 * 100) + 1
     options = {"layers": (1,), "early_drop": False}
-    with_recycling = flops._run("mini", "sparsevlm", None, 20, {**options, "keep": (244,)})
-    without = flops._run("mini", "sparsevlm", None, 20, {**options, "keep": (244 + merged,), "recycle": 0})
-    assert lengths_entering(with_recycling[1]) == lengths_entering(without[1])
-    extra = with_recycling[0]["llm_prefill"] - without[0]["llm_prefill"]
+    with_recycling = flops.run("mini", "sparsevlm", None, 20, **options, keep=(244,))
+    without = flops.run("mini", "sparsevlm", None, 20, **options, keep=(244 + merged,), recycle=0)
+    assert with_recycling.lengths == without.lengths
+    extra = with_recycling.gmacs["llm_prefill"] - without.gmacs["llm_prefill"]
     assert extra == pytest.approx((pool * pool + merged * pool) * 192 / 1e9, rel=1e-6)
 
 
