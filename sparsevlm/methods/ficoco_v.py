@@ -13,6 +13,10 @@ batch, puts CLS last while the next block and LLaVA take the first token for CLS
 and never resets its window map. Where the paper is silent: rows of A are softmaxed over CLS and patches; the quantile
 is that of the remaining patches (linear interpolation: with eps = .998 the best one, or two of more than 500); patches
 stay in their order; the start scales with the depth of the tower; ties go by index.
+
+Nothing bounds how many patches one patch takes in: its own share is one part in one more than that. In LLaVA-1.5 some
+40 patches go per block; where a budget makes a shallow tower merge hundreds per block, dozens end in one patch, and
+`merge=False` is far better (results/reference/methods has both on `mini`).
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ class FiCoCoV(BlockMethod):
         eps: quantile of the correlations that count (.998).
         window: side of the windows of the local penalty (2); 1 = no penalty.
         scaling: of the largest redundancy in a window (2).
+        merge: False discards without compressing.
     """
 
     start: int | None = None
@@ -48,6 +53,7 @@ class FiCoCoV(BlockMethod):
     eps: float = 0.998
     window: int = 2
     scaling: float = 2.0
+    merge: bool = True
 
     name: ClassVar[str] = "ficoco_v"
 
@@ -78,7 +84,7 @@ class FiCoCoV(BlockMethod):
             order = rank_by_score(redundancy)
             drop = x.shape[1] - 1 - left
             gone, stay = order[:, :drop] + 1, order[:, drop:].sort(1).values + 1
-            kept = compress(x, attention, gone, stay, self.eps)
+            kept = compress(x, attention, gone, stay, self.eps) if self.merge else take(x, stay)
             x = torch.cat([x[:, :1], kept], 1)
             tokens.index = torch.cat([tokens.index[:, :1], tokens.index.gather(1, stay)], 1)
         tokens.x = run.mlp(layer, x)

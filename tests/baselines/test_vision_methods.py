@@ -352,6 +352,7 @@ ABLATIONS = [
     ("ficoco_v", {}, dict(window=1)),
     ("ficoco_v", {}, dict(eps=0.5)),
     ("ficoco_v", {}, dict(start=3)),
+    ("ficoco_v", {}, dict(merge=False)),
     ("downsample", {}, dict(of="features")),
 ]
 
