@@ -19,6 +19,7 @@ from sparsevlm.core.packing import pack, take
 from sparsevlm.runtime.cache_state import state_of
 from sparsevlm.runtime.decision import Decision
 from sparsevlm.runtime.masks import FixedMask
+from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.stage import Stage
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def drop_early(prefill: Prefill, decision: Decision, stage: Stage) -> tuple[Tens
     kept_length = length - (p.visual_index.shape[1] - stay)
     alive, gone = rows[:, :kept_length], rows[:, kept_length:]
     attention = p.family.decoder.layers[stage.layer].self_attn
-    values = stage._heads(attention.v_proj(take(made.normed, gone)), attention, "v_norm")
+    normed = take(made.normed, gone)
+    with part(None):  # what the layer does not do again
+        values = stage._heads(attention.v_proj(normed), attention, "v_norm")
     keys = take(made.keys.transpose(1, 2), gone).transpose(1, 2)
     earlier = p.cached_keys(stage.layer)
     past = 0 if earlier is None else earlier.shape[2]
@@ -67,7 +70,8 @@ def drop_early(prefill: Prefill, decision: Decision, stage: Stage) -> tuple[Tens
         p.cache.update(keys, values, stage.layer)
     # merged tokens go where the last visual token was, though it be dropped
     p.visual_end = (alive <= p.visual_index[:, -1:]).sum(1, keepdim=True) - 1
-    mask = _mask(p, alive, gone, past)
+    with part("masks"):
+        mask = _mask(p, alive, gone, past)
     _follow(p, decision, alive, gone, stay)
     p.segment_masks = FixedMask(p.family, mask, p.rope)
     p.handed = replace(made, raw_keys=take(made.raw_keys, alive))

@@ -23,6 +23,7 @@ from sparsevlm.runtime.cache_state import (
 )
 from sparsevlm.runtime.families import locate
 from sparsevlm.runtime.masks import SegmentMasks, padding_from
+from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.prompt import read_prompt
 from sparsevlm.runtime.trace import Trace
@@ -152,7 +153,8 @@ class Hooks:
             new, masks = hidden, self._continue(i, hidden, kwargs, cache)
         if masks is None:
             return None
-        kwargs = {**kwargs, **masks.kwargs(i, new)}
+        with part("masks"):
+            kwargs = {**kwargs, **masks.kwargs(i, new)}
         if args:
             return (new, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": new}
@@ -174,7 +176,8 @@ class Hooks:
         limit = None
         if self.prompt_length is not None and self.prompt_length > past:
             limit = min(self.prompt_length - past, length)
-        prompt = read_prompt(visual, key_mask, past, limit, self.method.needs_text)
+        with part("prompt"):
+            prompt = read_prompt(visual, key_mask, past, limit, self.method.needs_text)
         if prompt is None:
             return
         if prompt.padded:
@@ -223,9 +226,10 @@ class Hooks:
         hidden = out.last_hidden_state
         if prefill.key_mask is not None:
             hidden = hidden * prefill.key_mask[:, -prefill.length :, None]
-        full = hidden.new_zeros(hidden.shape[0], prefill.prompt.length, hidden.shape[2])
-        source = prefill.source.to(hidden.device)[..., None].expand_as(hidden)
-        out.last_hidden_state = full.scatter_add_(1, source, hidden)
+        with part("gathering"):
+            full = hidden.new_zeros(hidden.shape[0], prefill.prompt.length, hidden.shape[2])
+            source = prefill.source.to(hidden.device)[..., None].expand_as(hidden)
+            out.last_hidden_state = full.scatter_add_(1, source, hidden)
         return out
 
     # ---- keys that scoring has computed already -------------------------------------------------------------------

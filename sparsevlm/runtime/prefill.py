@@ -17,6 +17,7 @@ from sparsevlm.runtime.decision import Decision
 from sparsevlm.runtime.early import can_drop_early, drop_early
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.masks import SegmentMasks
+from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.prompt import Prompt
 from sparsevlm.runtime.stage import ModuleInputs, Stage
 from sparsevlm.runtime.trace import PrefillRecord, StageRecord
@@ -72,7 +73,8 @@ class Prefill:
         self.pending: Decision | None = None
         self.renumbered = False
         self.record = PrefillRecord(list(prompt.n_visual), list(self.tokens), family.n_layers)
-        method.begin(self, hidden)
+        with part("raters"):
+            method.begin(self, hidden)
 
     # ---- for methods -----------------------------------------------------------------------------------------------
     def set_raters(self, raters: Tensor) -> None:
@@ -96,14 +98,17 @@ class Prefill:
         if layer - 1 in self.points and (layer == 0 or self.method.scores_next):
             decision = self._decide(self._stage(layer - 1, layer, hidden))
         if decision is not None:
-            hidden = self._apply(decision, hidden)
+            with part("gathering"):
+                hidden = self._apply(decision, hidden)
         elif self.cache is not None and state_of(self.cache).starts_own_masks(layer):  # an earlier turn was pruned here
-            self._begin_segment(layer, hidden)
+            with part("masks"):
+                self._begin_segment(layer, hidden)
         if layer in self.points and not self.method.scores_next:
             stage = self._stage(layer, layer, hidden)
             self.pending = self._decide(stage)
             if self.pending is not None and can_drop_early(self, self.pending, stage):
-                hidden, self.pending = drop_early(self, self.pending, stage)
+                with part("gathering"):
+                    hidden, self.pending = drop_early(self, self.pending, stage)
             elif stage.computed is not None and not torch.is_grad_enabled():
                 self.handed = stage.computed
         return hidden
@@ -116,10 +121,12 @@ class Prefill:
         keep = None if self.method.adaptive else self.method.keep_counts(stage)
         scores = order = None
         if keep != stage.n_visual:
-            scores = self.method.score(stage)
-            order = rank_by_score(scores, self.visual_valid)
-            if keep is None:
-                keep = self.method.keep_counts(stage)
+            with part("scores"):
+                scores = self.method.score(stage)
+            with part("selection"):
+                order = rank_by_score(scores, self.visual_valid)
+                if keep is None:
+                    keep = self.method.keep_counts(stage)
         counts = self._recycling(stage, keep)
         pool, merged = [p for p, _ in counts], [m for _, m in counts]
         self._log(stage, scores, order, keep, merged)
@@ -145,7 +152,8 @@ class Prefill:
 
     def _apply(self, d: Decision, hidden: Tensor) -> Tensor:
         """Drop, merge and reorder: from the rows of one segment to those of the next."""
-        key, hidden = self._sort_keys(d, hidden)
+        with part("recycling"):
+            key, hidden = self._sort_keys(d, hidden)
         self.visual_end = None
         left = [k + m for k, m in zip(d.keep, d.merged, strict=True)]
         self.tokens = [t - n + x for t, n, x in zip(self.tokens, self.n_visual, left, strict=True)]
@@ -166,7 +174,8 @@ class Prefill:
         self._align_text()
         self.n_visual, self.length = left, length
         hidden = take(hidden, order)
-        self._begin_segment(d.layer + 1, hidden)
+        with part("masks"):
+            self._begin_segment(d.layer + 1, hidden)
         return hidden
 
     def _sort_keys(self, d: Decision, hidden: Tensor) -> tuple[Tensor, Tensor]:

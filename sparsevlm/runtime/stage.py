@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsevlm.core.packing import take
 from sparsevlm.core.scores import attention_rows
 from sparsevlm.runtime.cache_state import extended, state_of
+from sparsevlm.runtime.parts import part
 
 if TYPE_CHECKING:
     from sparsevlm.runtime.prefill import Prefill
@@ -86,7 +87,8 @@ class Stage:
         if self.computed is None:
             layer, rotate = self.prefill.family.decoder.layers[self.module], self.prefill.family.rotate
             normed = layer.input_layernorm(self.hidden)
-            raw = layer.self_attn.k_proj(normed)
+            with part(None):  # what the layer does not do again
+                raw = layer.self_attn.k_proj(normed)
             key = self._heads(raw, layer.self_attn, "k_norm")
             self.computed = ModuleInputs(self.module, normed, raw, rotate(key, *self._tables()))
         return self.computed

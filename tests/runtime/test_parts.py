@@ -1,0 +1,106 @@
+"""Time of a pruned prefill by part, on a clock that the test moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import sparsevlm
+from sparsevlm.runtime import parts, prefill, stage
+from sparsevlm.runtime.parts import PARTS, collect, part
+from tests.tiny import EARLY_DROP, inputs, llava
+
+
+class FakeClock:
+    """Stands still unless somebody waits."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.waited = 0
+
+    def mark(self) -> float:
+        return self.now
+
+    def elapsed_ms(self, start: float, end: float) -> float:
+        assert self.waited, "read before the device was waited for"
+        return end - start
+
+    def wait(self) -> None:
+        self.waited += 1
+
+    def slowed(self, function: Callable, ms: float) -> Callable:
+        def slow(*args, **kwargs):
+            self.now += ms
+            return function(*args, **kwargs)
+
+        return slow
+
+
+def test_an_inner_part_takes_its_time_from_the_outer_one():
+    clock = FakeClock()
+    with collect(clock) as seconds:
+        clock.now += 1
+        with part("gathering"):
+            clock.now += 2
+            with part("masks"):
+                clock.now += 4
+            with part(None):
+                clock.now += 8
+            clock.now += 16
+        clock.now += 32
+        with part("masks"):
+            clock.now += 64
+        assert not seconds
+    assert seconds == pytest.approx({"gathering": 0.018, "masks": 0.068})
+
+
+def test_collecting_ends_with_the_block_also_after_an_error():
+    with pytest.raises(KeyError), collect(FakeClock()), part("scores"):
+        raise KeyError
+    assert part("scores") is part("masks")  # nothing is made where nobody collects
+    with collect(FakeClock()), pytest.raises(RuntimeError, match="already"), collect(FakeClock()):
+        pass
+    assert parts._marks is None
+
+
+def slowdowns(method) -> dict[str, tuple[object, str]]:
+    """Where each part is done: an object and the name of its function."""
+    return {
+        "raters": (type(method), "begin"),
+        "scores": (stage, "attention_rows"),
+        "selection": (prefill, "rank_by_score"),
+        "recycling": (type(method), "merge_tokens"),
+        "gathering": (prefill, "pack"),
+        "masks": (prefill, "extended"),
+    }
+
+
+@pytest.mark.parametrize("options", EARLY_DROP)
+@pytest.mark.parametrize("name", [*PARTS[1:], None])
+@torch.no_grad()
+def test_a_slowdown_shows_in_its_part_only(name, options, monkeypatch):
+    model, clock = llava(layers=6), FakeClock()
+    x, _ = inputs("one", model)
+    method = sparsevlm.build("sparsevlm", layers=(1, 3), keep=(18, 7), **options)
+    if name is None:  # the layer's own work, done early
+        projection = model.model.language_model.layers[1].self_attn.k_proj
+        monkeypatch.setattr(projection, "forward", clock.slowed(projection.forward, 5))
+    else:
+        where, function = slowdowns(method)[name]
+        monkeypatch.setattr(where, function, clock.slowed(getattr(where, function), 5))
+    with method(model), collect(clock) as seconds:
+        model(**x)
+    assert {*seconds} <= {*PARTS}
+    assert {key for key, value in seconds.items() if value} == ({name} - {None})
+
+
+@pytest.mark.parametrize("options", EARLY_DROP)
+@torch.no_grad()
+def test_every_part_occurs(options):
+    model, clock = llava(layers=6), FakeClock()
+    x, _ = inputs("one", model)
+    with sparsevlm.build("sparsevlm", layers=(1, 3), keep=(18, 7), **options)(model), collect(clock) as seconds:
+        model(**x)
+    assert {*seconds} == {*PARTS}
