@@ -16,7 +16,7 @@ image of 336 pixels; a tracer that removes dead code misses it).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -155,45 +155,38 @@ def lengths_entering(prefill, sample: int = 0) -> list[int]:
     return lengths
 
 
-def table(
-    model: str, settings: Sequence[Setting], text_tokens: int, progress: Callable[[], None] | None = None
-) -> list[dict[str, object]]:
-    """One row per setting (method, budget, options; of the options `rank` is `count`'s).
-
-    Args:
-        progress: called after each count; there is one more of them than settings, the unpruned model's.
+def row(
+    model: str, method: str, budget: int | str | None, text_tokens: int, options: dict | None = None
+) -> dict[str, object]:
+    """One setting as a row of a table; the arguments are those of `count`, `rank` among the options.
 
     Returns:
-        Rows with `model`, `method`, `budget`, `options`, `text_tokens`, `entering`, `leaving` (mean visual tokens per
-        layer), `gmacs` (see `count`), `formula_gmacs` (the paper's formula on the lengths that enter the layers) and
-        `saved_percent`, what the LLM prefill saves against the unpruned model.
+        `model`, `method`, `budget`, `options`, `text_tokens`, `entering`, `leaving` (mean visual tokens per layer),
+        `gmacs` (see `count`) and `formula_gmacs` (the paper's formula on the lengths that enter the layers).
     """
+    counted = run(model, method, budget, text_tokens, **(options or {}))
     text = getattr(load_config(model), "text_config", load_config(model))
-    full = count(model, text_tokens=text_tokens)["llm_prefill"]
-    rows = []
-    for name, budget, options in settings:
-        if progress is not None:
-            progress()
-        counted = run(model, name, budget, text_tokens, **options)
-        rows.append({
-            "model": model,
-            "method": name,
-            "budget": budget,
-            "options": options,
-            "text_tokens": text_tokens,
-            "entering": counted.entering,
-            "leaving": counted.leaving,
-            "gmacs": counted.gmacs,
-            "formula_gmacs": formula_gmacs(counted.lengths, text.hidden_size, text.intermediate_size),
-            "saved_percent": 100 * (1 - counted.gmacs["llm_prefill"] / full),
-        })  # fmt: skip
-    if progress is not None:
-        progress()
-    return rows
+    return {
+        "model": model,
+        "method": method,
+        "budget": budget,
+        "options": options or {},
+        "text_tokens": text_tokens,
+        "entering": counted.entering,
+        "leaving": counted.leaving,
+        "gmacs": counted.gmacs,
+        "formula_gmacs": formula_gmacs(counted.lengths, text.hidden_size, text.intermediate_size),
+    }
+
+
+def with_savings(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Rows with `saved_percent`, what the LLM prefill saves against the same model's row of the method "none"."""
+    full = {r["model"]: r["gmacs"]["llm_prefill"] for r in rows if r["method"] == "none"}
+    return [{**r, "saved_percent": 100 * (1 - r["gmacs"]["llm_prefill"] / full[r["model"]])} for r in rows]
 
 
 def cells(row: dict[str, object]) -> dict[str, str]:
-    """A row of `table` as it is printed."""
+    """A row of `with_savings` as it is printed."""
     options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
     gmacs = row["gmacs"]
     return {
@@ -228,9 +221,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--budget", nargs="+", type=int, default=[192, 128, 64], help="mean visual tokens per layer")
     parser.add_argument("--text-tokens", type=int, default=118, help="all tokens that are not visual (default: 118)")
     args = parser.parse_args(argv)
-    chosen = [(m, b, {}) for m in args.method for b in (["full"] if m == "none" else args.budget)]
+    chosen = [("none", "full"), *((m, b) for m in args.method if m != "none" for b in args.budget)]
     try:
-        rows = [row for model in args.model for row in table(model, chosen, args.text_tokens)]
+        rows = with_savings([row(m, *setting, args.text_tokens) for m in args.model for setting in chosen])
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     print(f"Multiply-adds at {args.text_tokens} non-visual tokens, batch 1 (1 GMAC = 2 GFLOP); fvcore, meta device.\n")

@@ -5,10 +5,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import sparsevlm
-from sparsevlm.cost import latency
+from sparsevlm.cost.clocks import WallClock, cpu_ms
+from sparsevlm.cost.harness import Harness
 from sparsevlm.cost.latency import measure
+from sparsevlm.cost.shapes import make_prompt
 from sparsevlm.methods.sparsevlm import SparseVLM
 from tests import tiny
 
@@ -19,6 +22,10 @@ SLOW = 0.1  # seconds; far above what the tiny model takes, also on a busy machi
 @pytest.fixture(scope="module")
 def model():
     return tiny.llava(dtype=torch.float32)
+
+
+def slept(original):
+    return lambda *args, **kwargs: (time.sleep(SLOW), original(*args, **kwargs))[1]
 
 
 def test_rows_say_what_was_measured(model):
@@ -33,9 +40,19 @@ def test_rows_say_what_was_measured(model):
             assert row[name]["q25"] <= row[name]["median"] <= row[name]["q75"]
         ratios = np.divide(row["rounds"]["prefill_ms"], rows[1]["rounds"]["prefill_ms"])
         assert row["prefill_ratio"]["median"] == pytest.approx(np.median(ratios))
+        spent = [row["rounds"][f"{name}_ms"] for name in ("vision", "prefill", "decode", "end_to_end")]
+        for vision, prefill, decode, total in zip(*spent, strict=True):
+            assert total == pytest.approx(vision + prefill + 2 * decode)
+    for row in (rows[0], rows[2]):
+        ratios = np.divide(row["rounds"]["prefill_ms"], row["rounds"]["floor_ms"])
+        assert row["overhead"]["median"] == pytest.approx(np.median(ratios))
+        ratios = np.divide(row["rounds"]["prefill_cpu_ms"], row["rounds"]["floor_cpu_ms"])
+        assert row["overhead_cpu"]["median"] == pytest.approx(np.median(ratios))
+    assert rows[1]["floor_ms"] is None and rows[1]["overhead"] is None and rows[1]["parts_ms"] == {}
     assert rows[0]["entering"] == rows[0]["leaving"] == 12
     assert rows[1]["entering"] == tiny.PATCHES
     assert rows[2]["leaving"] == pytest.approx(12, abs=0.5) and rows[2]["entering"] > rows[2]["leaving"]
+    assert {"raters", "scores", "selection", "recycling", "gathering", "masks"} <= set(rows[2]["parts_ms"])
 
 
 def test_the_unpruned_model_is_always_measured(model):
@@ -46,13 +63,13 @@ def test_the_unpruned_model_is_always_measured(model):
 
 def test_every_setting_once_per_round_in_rotating_order(model, monkeypatch):
     order, rounds = [], []
-    original = latency._time_once
+    original = Harness._sample
 
-    def spy(net, pruner, *args):
-        order.append(pruner.name)
-        return original(net, pruner, *args)
+    def spy(self, i, **kwargs):
+        order.append(self.pruners[i].name)
+        return original(self, i, **kwargs)
 
-    monkeypatch.setattr(latency, "_time_once", spy)
+    monkeypatch.setattr(Harness, "_sample", spy)
     settings = [("none", "full", {}), ("random", 12, {}), ("sparsevlm", 12, {})]
     rows = measure(model, settings, 14, repeats=2, warmup=1, decode_tokens=1, progress=lambda *r: rounds.append(r))
     names = [s[0] for s in settings]
@@ -61,23 +78,38 @@ def test_every_setting_once_per_round_in_rotating_order(model, monkeypatch):
     assert all(len(r["rounds"]["prefill_ms"]) == 2 for r in rows)  # the warm-up is not kept
 
 
-def test_a_slow_part_shows_where_it_is_and_nowhere_else(model, monkeypatch):
-    def medians(method: str) -> list[float]:
-        rows = measure(model, [("none", "full", {}), (method, 12, {})], 14, repeats=3, warmup=1, decode_tokens=2)
-        return [rows[1][part]["median"] / 1000 for part in ("prefill_ms", "vision_ms", "decode_ms")]
+def test_pruned_and_floor_take_turns_in_being_first(model, monkeypatch):
+    seen = []
+    original = Harness._time
+    monkeypatch.setattr(Harness, "_time", lambda self, c, n: (seen.append(n), original(self, c, n))[1])
+    harness = Harness(model, [("sparsevlm", 12, {})], make_prompt(model.config, 14, dtype=model.dtype), 1)
+    for number in (0, 1):
+        harness.round(number, [1])
+    assert seen == [1, 1, 0, 0, 1, 1]  # unpruned; pruned, floor | the second round begins with the pruned setting
 
-    assert max(medians("sparsevlm")) < SLOW
-    original = SparseVLM.score
-    with monkeypatch.context() as patch:
-        patch.setattr(SparseVLM, "score", lambda self, stage: (time.sleep(SLOW), original(self, stage))[1])
-        prefill, vision, decode = medians("sparsevlm")
-    assert prefill >= 3 * SLOW and vision < SLOW and decode < SLOW  # three pruning layers
+
+def test_a_slow_part_shows_where_it_is_and_nowhere_else(model, monkeypatch):
+    def seconds(method: str) -> dict:
+        rows = measure(model, [("none", "full", {}), (method, 12, {})], 14, repeats=3, warmup=0, decode_tokens=2)
+        row = rows[1]
+        times = {part: row[f"{part}_ms"]["median"] / 1000 for part in ("prefill", "vision", "decode", "floor")}
+        return times | {name: part["median"] / 1000 for name, part in row["parts_ms"].items()}
+
+    assert max(seconds("sparsevlm").values()) < SLOW
+    slow = {"scores": "score", "recycling": "merge_tokens", "raters": "begin"}
+    for name, member in slow.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(SparseVLM, member, slept(getattr(SparseVLM, member)))
+            found = seconds("sparsevlm")
+        times = 1 if name == "raters" else 3  # three pruning layers
+        assert found.pop(name) >= times * SLOW and found.pop("prefill") >= times * SLOW, name
+        assert max(found.values()) < SLOW, name
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
         inner = next(m for m in part.modules() if not list(m.children()))
         hook = inner.register_forward_pre_hook(lambda *_: time.sleep(SLOW))
-        prefill, vision, decode = medians("random")
+        found = seconds("random")
         hook.remove()
-        assert vision >= SLOW and prefill < SLOW and decode < SLOW
+        assert found.pop("vision") >= SLOW and max(found.values()) < SLOW
 
 
 def test_decode_is_per_token(model):
@@ -89,6 +121,21 @@ def test_decode_is_per_token(model):
     (row,) = measure(model, [("none", "full", {})], 14, repeats=2, warmup=0, decode_tokens=3)
     hook.remove()
     assert SLOW <= row["decode_ms"]["median"] / 1000 < 2 * SLOW and row["prefill_ms"]["median"] / 1000 < SLOW
+    assert row["end_to_end_ms"]["median"] / 1000 >= 3 * SLOW
+
+
+def test_cpu_time_is_the_operating_systems(model):
+    """Sleeping takes time and no CPU time; computing takes both."""
+    hook = model.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(SLOW))
+    (row,) = measure(model, [("none", "full", {})], 14, repeats=2, warmup=1, decode_tokens=1)
+    hook.remove()
+    assert row["prefill_ms"]["median"] / 1000 > SLOW > row["prefill_cpu_ms"]["median"] / 1000
+    clock = WallClock()
+    start = clock.mark()
+    while time.process_time() < start.cpu + SLOW:
+        pass
+    end = clock.mark()
+    assert clock.elapsed_ms(start, end) >= cpu_ms(start, end) * 0.99 >= 0.99 * SLOW * 1000
 
 
 def test_the_model_is_left_as_it_was(model):
@@ -103,10 +150,20 @@ def test_the_model_is_left_as_it_was(model):
     assert hooks() == before
 
 
-def test_video_models_are_timed():
+def test_video_and_text_models_are_timed():
     video = tiny.video_llava(dtype=torch.float32)
     (row,) = measure(video, [("none", "full", {})], 14, repeats=1, warmup=0, decode_tokens=1)
     assert row["visual_tokens"] == 8 * 17 and row["vision_ms"]["median"] > 0
+    text = LlamaForCausalLM(tiny.text_config()).eval()
+    rows = measure(text, [("sparsevlm", 64, {})], 14, repeats=1, warmup=0, decode_tokens=1)
+    assert rows[1]["visual_tokens"] == 576 and rows[1]["leaving"] == pytest.approx(64, abs=0.5)
+    assert rows[1]["vision_ms"]["median"] == 0 and rows[1]["lengths"][-1] < rows[0]["lengths"][-1] == 590
+
+
+def test_an_adaptive_method_is_timed_and_not_counted(model):
+    rows = measure(model, [("sparsevlm_rank", None, {"lam": 0.5})], 14, repeats=1, warmup=0, decode_tokens=1)
+    assert rows[1]["gmacs"] is None and rows[0]["gmacs"] > 0
+    assert rows[1]["overhead"] is not None and rows[1]["entering"] < rows[0]["entering"]
 
 
 def test_models_are_loaded_by_name():
@@ -128,7 +185,18 @@ def test_other_models_are_refused():
     assert "sparsevlm" in sparsevlm.methods()
 
 
+def test_what_does_not_fit_is_said(model, monkeypatch):
+    def fail(self, i, **kwargs):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(Harness, "_sample", fail)
+    with pytest.raises(RuntimeError, match="out of memory: none, random"):
+        measure(model, [("random", 12, {})], 14, repeats=1)
+
+
 @pytest.mark.gpu
 def test_device_time_on_a_gpu(model):
     rows = measure(model, SETTINGS, text_tokens=14, repeats=3, device="cuda")
+    model.to("cpu")
     assert all(r["prefill_ms"]["median"] > 0 for r in rows)
+    assert sum(part["median"] for part in rows[2]["parts_ms"].values()) > 0
