@@ -1,15 +1,19 @@
-"""Accuracy and cost tables (Markdown, CSV, LaTeX) from run folders, and from nothing else.
+"""All tables (Markdown, CSV, LaTeX), from run folders and published numbers, and from nothing else.
 
     python scripts/make_tables.py --results results
+    python scripts/make_tables.py --results results --only table1_icml,separation
+    python scripts/make_tables.py --list
 
-Writes one table per task, model and set of questions to `<results>/tables/`, and one per latency run. A setting that
-nobody ran says "not run". A run folder that is broken ends the script with its name.
+Writes to `<results>/tables/`: the paper's tables, with "not run" where nobody ran it; per task, model and set of
+questions one table of accuracy and cost, one of efficiency, one that shows what separates the methods, and one per
+ablation; one per latency run. A run folder that is broken ends the script with its name.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # started as a file: import from the repository's root, not from this folder
@@ -17,26 +21,31 @@ if not __package__:  # started as a file: import from the repository's root, not
 
 import pandas as pd
 
+from scripts.ablations import ablation_tables, interval
+from scripts.cost_tables import efficiency_paper, efficiency_table, latency_table, number, timing
+from scripts.paper_tables import EDITIONS, paper_table
 from scripts.runs import LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
-from scripts.summary import Summary, label, place, summarise
-
-NOT_RUN = "not run"
+from scripts.separation import separation_table
+from scripts.summary import Summary, embedded, summarise
+from scripts.tables import NOT_RUN, Table, from_frame, write
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write all tables; exit status 1 and one line on stderr if a run cannot be used."""
+    """Write tables; exit status 1 and one line on stderr if a run cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
     parser.add_argument("--metric", help="which metric of the runs (default: accuracy, or else their first)")
+    parser.add_argument("--only", help="names of tables, or how they begin, separated by commas")
+    parser.add_argument("--list", action="store_true", help="name the tables that there would be, and write none")
     args = parser.parse_args(argv)
     try:
-        written = make_tables(args.results, args.metric)
+        tables = chosen(build_tables(read_runs(args.results), args.metric), args.only)
+        written = [table.name if args.list else str(write(table, args.results / "tables")[0]) for table in tables]
     except (BadRun, ValueError, OSError) as error:
         sys.exit(f"make_tables: {error}")
     for folder in unfinished(args.results):
         print(f"left out, not finished: {folder} (the same command again finishes it)", file=sys.stderr)
-    for path in written:
-        print(path)
+    print(*written, sep="\n")
 
 
 def make_tables(results: Path, metric: str | None = None) -> list[Path]:
@@ -46,21 +55,41 @@ def make_tables(results: Path, metric: str | None = None) -> list[Path]:
         BadRun: a run folder cannot be used; nothing is written then.
         ValueError: runs without the metric asked for.
     """
-    runs = read_runs(results)
-    tables = {}
-    for group in accuracy_groups(runs):
+    tables = build_tables(read_runs(results), metric)
+    return [write(table, results / "tables")[0] for table in tables]
+
+
+def build_tables(runs: Sequence[Run], metric: str | None = None) -> list[Table]:
+    """All tables: the paper's first, then those of each group of runs, then the latency runs."""
+    groups = accuracy_groups(runs)
+    tables = [*(paper_table(edition, runs) for edition in EDITIONS), efficiency_paper(runs)]
+    tables += ablation_tables(groups, runs, metric)
+    for group in groups:
         summary = summarise(group, runs, metric)
-        tables[group.name] = accuracy_table(summary), caption(summary)
-    for run in runs:
-        if run.task == LATENCY:
-            tables[run.folder.name] = latency_table(run), latency_caption(run)
-    folder = results / "tables"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (table, text) in tables.items():
-        (folder / f"{name}.md").write_text(markdown(table, text), encoding="utf-8")
-        table.to_csv(folder / f"{name}.csv", index=False)
-        (folder / f"{name}.tex").write_text(latex(table, text, name), encoding="utf-8")
-    return [folder / f"{name}.md" for name in tables]
+        runs_of_rows = [
+            [name for name in (row["run"], summary.latency and summary.latency.folder.name) if isinstance(name, str)]
+            for row in summary.frame.to_dict("records")
+        ]
+        title = f"{group.task}, {group.model}, {group.n} questions"
+        tables.append(from_frame(group.name, title, caption(summary), accuracy_table(summary), runs_of_rows))
+        separation = separation_table(group, metric)
+        tables += [efficiency_table(summary), *([] if separation is None else [separation])]
+    return tables + [latency_table(run) for run in runs if run.task == LATENCY]
+
+
+def chosen(tables: Sequence[Table], only: str | None) -> list[Table]:
+    """Those whose names begin with one of the names in `only`.
+
+    Raises:
+        ValueError: there is none for one of the names.
+    """
+    if only is None:
+        return list(tables)
+    names = [name.strip() for name in only.split(",")]
+    for name in names:
+        if not any(table.name.startswith(name) for table in tables):
+            raise ValueError(f"no table {name!r}; there are {', '.join(table.name for table in tables)}")
+    return [table for table in tables if table.name.startswith(tuple(names))]
 
 
 def accuracy_table(summary: Summary) -> pd.DataFrame:
@@ -72,18 +101,14 @@ def accuracy_table(summary: Summary) -> pd.DataFrame:
         rows.append({
             "method": row["method"],
             "budget": str(row["budget"]),
-            "entering": _number(row["entering"], 1),
-            "leaving": _number(row["leaving"], 1),
-            f"{summary.metric}{unit} [95 %]": _interval(row["value"], row["low"], row["high"], 1),
+            "entering": number(row["entering"], 1),
+            "leaving": number(row["leaving"], 1),
+            f"{summary.metric}{unit} [95 %]": NOT_RUN if pd.isna(row["value"]) else interval(row),
             f"difference, {points} [95 %]": _difference(row),
-            "retained %": _number(row["retained"], 1),
+            "retained %": number(row["retained"], 1),
             "prefill GMACs": _counted(row),
-            "prefill ms [quartiles]": _interval(
-                row["prefill_ms"], row["prefill_ms_q25"], row["prefill_ms_q75"], 1
-            ),
-            "ratio to unpruned [quartiles]": _interval(
-                row["prefill_ratio"], row["prefill_ratio_q25"], row["prefill_ratio_q75"], 2
-            ),
+            "prefill ms [quartiles]": _quartiles(row, "prefill_ms", 1),
+            "ratio to unpruned [quartiles]": _quartiles(row, "prefill_ratio", 2),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -92,7 +117,7 @@ def _counted(row: dict) -> str:
     """A run without a count: its method keeps as many tokens as the picture asks for."""
     if pd.notna(row["value"]) and pd.isna(row["prefill_gmacs"]):
         return "not counted"
-    return _number(row["prefill_gmacs"], 3)
+    return number(row["prefill_gmacs"], 3)
 
 
 def _difference(row: dict) -> str:
@@ -102,24 +127,20 @@ def _difference(row: dict) -> str:
         return "0"
     if pd.isna(row["difference"]):
         return "no unpruned run"
-    return _interval(row["difference"], row["difference_low"], row["difference_high"], 1, sign="+")
+    return interval(row, "difference", "+")
 
 
-def _number(value: float | None, digits: int, sign: str = "") -> str:
-    return NOT_RUN if pd.isna(value) else f"{value:{sign}.{digits}f}"
-
-
-def _interval(value: float, low: float, high: float, digits: int, sign: str = "") -> str:
-    if pd.isna(value) or pd.isna(low):
-        return _number(value, digits, sign)
-    return f"{value:{sign}.{digits}f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+def _quartiles(row: dict, name: str, digits: int) -> str:
+    low, high = row[f"{name}_q25"], row[f"{name}_q75"]
+    text = number(row[name], digits)
+    return text if pd.isna(low) else f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def caption(summary: Summary) -> str:
     """What the table shows, on what, and what its numbers are not."""
     group = summary.group
     text = (
-        f"{group.task} on the model {group.model}: {group.n} questions, seed {group.seed}. {_not_7b(group.model)}"
+        f"{group.task} on the model {group.model}: {group.n} questions, seed {group.seed}. {embedded(group.model)}"
         f"Shown: {summary.metric}{' in %' if summary.percent else ''} with 95 % bootstrap interval; difference to the "
         "unpruned model with paired bootstrap interval over the same questions; retained: share of the unpruned "
         "model's value. Budget, entering and leaving: mean visual tokens per layer of the language model, of "
@@ -128,13 +149,7 @@ def caption(summary: Summary) -> str:
     )
     if summary.latency is None:
         return f"{text} Prefill time: {NOT_RUN}."
-    return f"{text} Prefill time: {_timing(summary.latency)}, from {summary.latency.folder.name}."
-
-
-def _not_7b(model: str) -> str:
-    if not model.startswith("mini"):
-        return ""
-    return "This is the small embedded model, not a 7B: its numbers say nothing about LLaVA-1.5. "
+    return f"{text} Prefill time: {timing(summary.latency)}, from {summary.latency.folder.name}."
 
 
 def _cost_caption(summary: Summary) -> str:
@@ -143,83 +158,6 @@ def _cost_caption(summary: Summary) -> str:
         "Prefill GMACs (1 GMAC = 2 GFLOP) of the language model with the method's own work, counted by fvcore at "
         f"{' or '.join(map(str, lengths))} text tokens."
     )
-
-
-def _timing(run: Run) -> str:
-    row, hardware = run.metrics["rows"][0], run.metrics["hardware"]
-    threads = "1 thread" if hardware["threads"] == 1 else f"{hardware['threads']} threads"
-    on_gpu = run.config["device"].startswith("cuda")
-    device = ", ".join(hardware["gpu"]) if on_gpu else f"{hardware['cpu']}, {threads}"
-    return (
-        f"median and quartiles of {run.metrics['n']} interleaved rounds at batch {row['batch_size']} and "
-        f"{row['text_tokens']} text tokens, image encoding not included, {run.config['dtype']} on {device}"
-    )
-
-
-def latency_table(run: Run) -> pd.DataFrame:
-    """One latency run, all that it measured."""
-    rows = []
-    for row in sorted(run.metrics["rows"], key=lambda r: place(label(r["method"], r["options"]), r["budget"])):
-        cells = {"method": label(row["method"], row["options"]), "budget": str(row["budget"])}
-        cells |= {key: _number(row[key], 1) for key in ("entering", "leaving")}
-        for key, name, digits in (
-            ("prefill_ms", "prefill ms", 1),
-            ("prefill_ratio", "prefill ratio to unpruned", 2),
-            ("vision_ms", "image encoding ms", 1),
-            ("decode_ms", "decode ms/token", 2),
-        ):
-            cells[name] = _interval(row[key]["median"], row[key]["q25"], row[key]["q75"], digits)
-        rows.append(cells)
-    return pd.DataFrame(rows)
-
-
-def latency_caption(run: Run) -> str:
-    """What was timed, on what."""
-    return f"Latency of the model {run.model}: {_timing(run)}. {_not_7b(run.model)}".strip()
-
-
-def markdown(table: pd.DataFrame, text: str) -> str:
-    """A table in GitHub's Markdown, caption first; numbers are right-aligned."""
-    lines = [
-        text,
-        "",
-        "| " + " | ".join(table.columns) + " |",
-        "| --- |" + " ---: |" * (len(table.columns) - 1),
-        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.to_numpy()),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-_LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-          "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}  # fmt: skip
-
-
-def escape(text: str) -> str:
-    """Text as LaTeX prints it."""
-    return "".join(_LATEX.get(c, c) for c in text)
-
-
-def latex(table: pd.DataFrame, text: str, name: str) -> str:
-    """A LaTeX table for the booktabs package."""
-    rows = [[escape(cell) for cell in row] for row in [table.columns, *table.to_numpy()]]
-    head, *body = [" & ".join(row) + r" \\" for row in rows]
-    return "\n".join([
-        r"% needs \usepackage{booktabs} and, for its width, \usepackage{graphicx}",
-        r"\begin{table*}",
-        r"\centering",
-        rf"\caption{{{escape(text)}}}",
-        rf"\label{{tab:{name.replace('_', '-')}}}",
-        r"\resizebox{\linewidth}{!}{%",
-        rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
-        r"\toprule",
-        head,
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}}",
-        r"\end{table*}",
-        "",
-    ])  # fmt: skip
 
 
 if __name__ == "__main__":

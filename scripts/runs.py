@@ -18,10 +18,12 @@ import yaml
 SCHEMA = 1
 LATENCY = "latency"
 HALF_PRECISION = "half_precision"
-ROWS_ONLY = (LATENCY, HALF_PRECISION)  # runs that have rows instead of answers
+FLOPS = "flops"
+LAYERS = "layers"
+ROWS_ONLY = (LATENCY, HALF_PRECISION, FLOPS, LAYERS)  # runs that have rows instead of answers
 _FILES = ("config.yaml", "metrics.json", "samples.jsonl", "env.json")
 _COMMON = ("schema", "task", "model", "n", "versions", "hardware", "git", "date")
-_ACCURACY = ("method", "options", "budget", "metrics", "tokens", "cost", "seed")
+_ACCURACY = ("method", "options", "budget", "config_hash", "metrics", "tokens", "cost", "seed")
 # Model settings that change answers; device and batch size do not.
 _MODEL_KEYS = ("pretrained", "revision", "dtype", "attn_implementation", "prompt", "image_aspect_ratio")
 
@@ -147,7 +149,7 @@ def read_run(folder: Path) -> Run:
         run = Run(folder, config, metrics)
         if run.task == LATENCY:
             _check_latency(run)
-        elif run.task == HALF_PRECISION:
+        elif run.task in ROWS_ONLY:
             _require(run.metrics, ["rows"])
         else:
             _check_accuracy(run)
@@ -165,6 +167,13 @@ def _require(mapping: dict, keys: Iterable[str]) -> None:
 
 def _check_accuracy(run: Run) -> None:
     _require(run.metrics, _ACCURACY)
+    m = run.metrics
+    name = "__".join(str(m[key]) for key in ("task", "model", "method", "budget", "config_hash"))
+    if run.folder.name != name:
+        raise ValueError(f"its metrics.json belongs to {name}")
+    method = {"name": m["method"], **m["options"]}
+    if run.config["method"] != method or (run.config.get("budget") or "explicit") != m["budget"]:
+        raise ValueError("config.yaml and metrics.json name different methods, options or budgets")
     samples, n = run.samples, run.metrics["n"]
     if len(samples) != n:
         raise ValueError(f"metrics.json speaks of {n} questions, samples.jsonl has {len(samples)}")

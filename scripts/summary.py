@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 import pandas as pd
@@ -38,17 +39,25 @@ class Summary:
     latency: Run | None
 
 
+def embedded(model: str) -> str:
+    """What is to be said wherever numbers of an embedded model stand."""
+    if not model.startswith("mini"):
+        return ""
+    return "This is the small embedded model, not a 7B: its numbers say nothing about LLaVA-1.5. "
+
+
 def label(method: str, options: dict) -> str:
     """Name of a method with those of its options that are not the defaults: "sparsevlm (raters=all)"."""
     try:
         defaults = {f.name: f.default for f in fields(method_class(method))}
     except ValueError:  # a method of another version of this project
         defaults = {}
-    changed = [f"{k}={_plain(v)}" for k, v in options.items() if k not in defaults or v != defaults[k]]
+    changed = [f"{k}={plain(v)}" for k, v in options.items() if k not in defaults or v != defaults[k]]
     return f"{method} ({', '.join(changed)})" if changed else method
 
 
-def _plain(value) -> str:
+def plain(value) -> str:
+    """A value of an option as it is printed: lists with slashes."""
     return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -64,6 +73,18 @@ def summarise(group: Group, runs: Iterable[Run], metric: str | None = None) -> S
     Raises:
         ValueError: a run does not have the metric; the message lists what it has.
     """
+    metric, percent = metric_of(group, metric)
+    latency = _latency_run(group, runs)
+    rows = [_row(run, group.unpruned, metric, 100.0 if percent else 1.0, latency) for run in group.runs]
+    return Summary(group, metric, percent, _with_gaps(pd.DataFrame(rows)), latency)
+
+
+def metric_of(group: Group, metric: str | None = None) -> tuple[str, bool]:
+    """The metric to show of a group (accuracy, or else the first one), and whether it is a share, shown in %.
+
+    Raises:
+        ValueError: a run does not have the metric asked for; the message lists what it has.
+    """
     known = group.runs[0].metrics["metrics"]
     metric = metric or ("accuracy" if "accuracy" in known else next(iter(known)))
     for run in group.runs:
@@ -71,10 +92,17 @@ def summarise(group: Group, runs: Iterable[Run], metric: str | None = None) -> S
             have = ", ".join(run.metrics["metrics"])
             raise ValueError(f"{run.folder} has no metric {metric!r}; it has {have}")
     entries = [run.metrics["metrics"][metric] for run in group.runs]
-    percent = all(0 <= x <= 1 for e in entries for x in [e["value"], *(e["ci95"] or [])])
-    latency = _latency_run(group, runs)
-    rows = [_row(run, group.unpruned, metric, 100.0 if percent else 1.0, latency) for run in group.runs]
-    return Summary(group, metric, percent, _with_gaps(pd.DataFrame(rows)), latency)
+    return metric, all(0 <= x <= 1 for e in entries for x in [e["value"], *(e["ci95"] or [])])
+
+
+def difference(run: Run, other: Run, metric: str) -> tuple[float, float, float]:
+    """Mean of run - other over the questions, with its paired interval; see `eval.stats.paired_difference`."""
+    return _difference(*(tuple(r.scores(metric).items()) for r in (run, other)))
+
+
+@lru_cache(maxsize=10_000)  # several tables and figures show the same difference
+def _difference(scores: tuple, others: tuple) -> tuple[float, float, float]:
+    return paired_difference(dict(scores), dict(others))
 
 
 def _latency_run(group: Group, runs: Iterable[Run]) -> Run | None:
@@ -109,7 +137,7 @@ def _row(run: Run, unpruned: Run | None, metric: str, scale: float, latency: Run
         row["retained"] = 100 * value / reference if reference else np.nan
         row["difference"] = scale * (value - reference)
         if interval is not None:
-            spread = paired_difference(run.scores(metric), unpruned.scores(metric))
+            spread = difference(run, unpruned, metric)
             row["difference_low"], row["difference_high"] = scale * spread[1], scale * spread[2]
     timed = _latency_rows(latency).get(run.setting) if latency is not None else None
     for name in ("prefill_ms", "prefill_ratio"):

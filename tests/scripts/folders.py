@@ -33,9 +33,10 @@ def accuracy_run(
     gmacs: float | None = 5.0,
     tokens: tuple[float, float] = (200.0, 180.0),
     digest: str = "0123abcd",
+    types: tuple[str, ...] = (),
     **options,
 ) -> Path:
-    """Write `<results>/runs/minivqa__...` and return it. `scores`: one 0 or 1 per question."""
+    """Write `<results>/runs/minivqa__...` and return it. `scores`: one 0 or 1 per question; `types` take turns."""
     scores = np.array([1.0, 1.0, 1.0, 0.0]) if scores is None else np.asarray(scores, float)
     n, chosen = len(scores), asdict(sparsevlm.build(method, budget=budget, **options))
     name = "explicit" if chosen.pop("budget") is None else budget
@@ -45,13 +46,17 @@ def accuracy_run(
     metrics = {
         "schema": 1, "task": "minivqa", "model": model, "method": method, "options": chosen, "budget": name,
         "config_hash": digest, "n": n,
-        "metrics": {"accuracy": {"value": mean, "ci95": [max(0, mean - 1.2 * error), min(1, mean + error)], "n": n}},
+        "metrics": {
+            "accuracy": {"value": mean, "ci95": [max(0, mean - 1.2 * error), min(1, mean + error)], "n": n},
+            **{f"accuracy/{kind}": {"value": float(scores[at].mean()), "ci95": None, "n": len(scores[at])}
+               for kind, at in _types(n, types).items()},
+        },
         "tokens": {"visual": 576.0, "entering": tokens[0], "leaving": tokens[1]},
         "time": {}, "cost": {"text_tokens": 11, "prefill_gmacs": gmacs}, "seed": seed, **ABOUT,
     }  # fmt: skip
     samples = [
-        {"doc_id": i, "question": f"q{i}", "question_type": "count", "target": "7", "answer": "7" if s else "3",
-         "scores": {"accuracy": s}}
+        {"doc_id": i, "question": f"q{i}", "question_type": types[i % len(types)] if types else "count",
+         "target": "7", "answer": "7" if s else "3", "scores": {"accuracy": s}}
         for i, s in enumerate(scores)
     ]  # fmt: skip
     config = {
@@ -59,6 +64,57 @@ def accuracy_run(
         "task": {"name": "minivqa", "seed": seed}, "limit": n, "max_new_tokens": None, "batch_size": 8,
     }  # fmt: skip
     return write(results / "runs" / f"minivqa__{model}__{method}__{name}__{digest}", config, metrics, samples)
+
+
+def _types(n: int, types: tuple[str, ...]) -> dict[str, slice]:
+    return {kind: slice(i, n, len(types)) for i, kind in enumerate(types)}
+
+
+def benchmark_run(
+    results: Path,
+    task: str,
+    scores: dict[str, float],
+    method: str = "none",
+    budget: int | str = "full",
+    n: int = 3,
+    limit: int | None = None,
+    digest: str = "7b",
+    model: dict | None = None,
+    task_options: dict | None = None,
+    decode_gmacs: float = 6.7,
+    each: list[float] | None = None,
+    **options,
+) -> Path:
+    """Write the folder of a 7B run as the papers' benchmarks leave it: metrics that are no mean over questions, but for
+    the first one if `each` has its score per question."""
+    settings = {**MODEL, "name": "llava_1_5_7b", "pretrained": "llava-1.5-7b", "dtype": "float16",
+                "prompt": "vicuna_v1", "image_aspect_ratio": "pad", **(model or {})}  # fmt: skip
+    chosen = asdict(sparsevlm.build(method, budget=budget, **options))
+    chosen.pop("budget")
+    chosen = json.loads(json.dumps(chosen))
+    n = n if each is None else len(each)
+    metrics = {name: {"value": x, "ci95": None, "n": n} for name, x in scores.items()}
+    first = next(iter(scores))
+    if each is not None:
+        metrics[first]["ci95"] = [min(each), max(each)]
+    samples = [
+        {"doc_id": i, "question": f"q{i}", "question_type": None, "target": "a", "answer": "a",
+         "scores": {} if each is None else {first: each[i]}}
+        for i in range(n)
+    ]  # fmt: skip
+    found = {
+        "schema": 1, "task": task, "model": settings["name"], "method": method, "options": chosen, "budget": budget,
+        "config_hash": digest, "n": n, "metrics": metrics,
+        "tokens": {"visual": 576.0, "entering": 576.0, "leaving": 576.0}, "time": {},
+        "cost": {"text_tokens": 50, "prefill_gmacs": 4000.0, "decode_gmacs_per_token": decode_gmacs}, "seed": 0,
+        **ABOUT,
+    }  # fmt: skip
+    config = {
+        "model": settings, "method": {"name": method, **chosen}, "budget": budget,
+        "task": {"name": task, "seed": 0, **(task_options or {})}, "limit": limit, "max_new_tokens": None,
+        "batch_size": 8,
+    }  # fmt: skip
+    return write(results / "runs" / f"{task}__{settings['name']}__{method}__{budget}__{digest}", config, found, samples)
 
 
 def latency_run(results: Path, settings: list[tuple[str, int | str, dict]], digest: str = "beef", **changes) -> Path:

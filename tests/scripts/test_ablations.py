@@ -1,0 +1,132 @@
+"""Ablations, separation and efficiency: what they compare, and with what."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+import sparsevlm
+from eval.stats import bootstrap_ci
+from scripts.ablations import ablation, ablation_tables, recycling_paper
+from scripts.cost_tables import efficiency_paper, efficiency_table
+from scripts.runs import accuracy_groups, read_runs
+from scripts.separation import separation_table
+from scripts.summary import summarise
+from tests.scripts import folders
+
+EASE = np.random.default_rng(1).random(60)
+TYPES = ("count", "read", "exist")
+
+
+def only_group(results):
+    (group,) = accuracy_groups(read_runs(results))
+    return group
+
+
+@pytest.fixture(scope="module")
+def ablations(tmp_path_factory):
+    results = tmp_path_factory.mktemp("ablations")
+    folders.accuracy_run(results, scores=EASE < 0.9)
+    folders.accuracy_run(results, "sparsevlm", 64, EASE < 0.7, digest="default")
+    folders.accuracy_run(results, "sparsevlm", 64, EASE < 0.6, digest="off", recycle=0.0)
+    folders.accuracy_run(results, "sparsevlm", 64, EASE < 0.8, digest="all", raters="all")
+    folders.accuracy_run(results, "sparsevlm", 64, EASE < 0.5, digest="both", raters="all", recycle=0.0)
+    folders.accuracy_run(results, "sparsevlm", 128, EASE < 0.75, digest="alone")
+    return results
+
+
+def test_only_runs_that_differ_in_that_option_alone_are_compared(ablations):
+    frame = ablation(only_group(ablations), "recycle")
+    assert list(zip(frame["method"], frame["budget"], frame["setting"], strict=True)) == [
+        ("sparsevlm", 64, "0.3 (default)"), ("sparsevlm", 64, "0.0"),
+        ("sparsevlm (raters=all)", 64, "0.3 (default)"), ("sparsevlm (raters=all)", 64, "0.0"),
+    ]  # fmt: skip
+    default, off = frame.iloc[0], frame.iloc[1]
+    paired = bootstrap_ci((EASE < 0.6).astype(float) - (EASE < 0.7))
+    assert [off["difference"], off["difference_low"], off["difference_high"]] == pytest.approx(
+        [100 * x for x in paired]
+    )
+    assert default["difference"] == 0 and off["value"] == pytest.approx(100 * (EASE < 0.6).mean())
+    assert off["runs"] == ("minivqa__mini__sparsevlm__64__off", "minivqa__mini__sparsevlm__64__default")
+    raters = ablation(only_group(ablations), "raters")
+    assert len(raters) == 4 and set(raters["setting"]) == {"paper (default)", "all"}
+    assert ablation(only_group(ablations), "layers").empty
+
+
+def test_tables_exist_for_what_was_varied(ablations):
+    runs = read_runs(ablations)
+    tables = {t.name: t for t in ablation_tables(accuracy_groups(runs), runs)}
+    name = "minivqa__mini__n60__seed0"
+    assert list(tables) == ["recycling_paper", "raters_paper", f"recycling__{name}", f"raters__{name}"]
+    assert "not a 7B" in tables[f"recycling__{name}"].caption
+    assert tables[f"raters__{name}"].texts[0][:3] == ["sparsevlm", "64", "paper (default)"]
+
+
+def test_the_papers_ablations_take_7b_runs_only(ablations):
+    folders.benchmark_run(ablations.parent / "7b", "pope", {"pope_f1_mean": 77.7}, "sparsevlm", 64)
+    folders.benchmark_run(
+        ablations.parent / "7b", "pope", {"pope_f1_mean": 73.1}, "sparsevlm", 64, recycle=0.0, digest="o"
+    )
+    found = recycling_paper(read_runs(ablations.parent / "7b")).texts
+    assert found[:2] == [["off", "64", "not run | 52.2", "73.1 | 72.8"], ["on", "64", "not run | 53.8", "77.7 | 77.5"]]
+    assert all("not run" in row[3] for row in recycling_paper(read_runs(ablations)).texts)
+    runs = read_runs(ablations.parent / "7b")
+    folders.benchmark_run(
+        ablations.parent / "7b", "pope", {"pope_f1_mean": 75.0}, "sparsevlm", 64, raters="all", digest="a"
+    )
+    runs = read_runs(ablations.parent / "7b")
+    raters = next(t for t in ablation_tables([], runs) if t.name == "raters_paper")
+    assert ["v4", "64", "all text tokens", "POPE", "+2.7 | 2.7"] in raters.texts
+
+
+def test_separation_is_paired_and_by_type(tmp_path):
+    wrong_at_random = np.random.default_rng(2).random(60) < 0.5
+    folders.accuracy_run(tmp_path, scores=EASE < 0.9, types=TYPES)
+    folders.accuracy_run(tmp_path, "random", 64, wrong_at_random, digest="r", types=TYPES)
+    folders.accuracy_run(tmp_path, "sparsevlm", 64, EASE < 0.85, digest="s", types=TYPES)
+    folders.accuracy_run(tmp_path, "sparsevlm", 128, EASE < 0.85, digest="t", types=TYPES)
+    table = separation_table(only_group(tmp_path))
+    assert list(table.columns) == ["method", "budget", "accuracy %", *TYPES, "to unpruned", "to random"]
+    rows = {(r[0], r[1]): r for r in table.texts}
+    ours = (EASE < 0.85).astype(float)
+    mean, low, high = (100 * x for x in bootstrap_ci(ours - wrong_at_random))
+    assert low > 0 and rows["sparsevlm", "64"][-1] == f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]*"
+    assert rows["sparsevlm", "64"][3:6] == [f"{100 * ours[i::3].mean():.1f}" for i in range(3)]
+    assert rows["sparsevlm", "128"][-1] == "not run"  # no random run at that budget
+    assert rows["random", "64"][-1] == "0" and rows["none", "full"][-2:] == ["0", "–"]
+    difference = 100 * (ours.mean() - (EASE < 0.9).mean())
+    assert rows["sparsevlm", "64"][-2].startswith(f"{difference:+.1f} [")
+
+
+def test_no_separation_without_controls_or_types(tmp_path):
+    folders.accuracy_run(tmp_path, types=TYPES, scores=[1, 0, 1])
+    assert separation_table(only_group(tmp_path)) is None
+    folders.accuracy_run(tmp_path / "b")
+    folders.accuracy_run(tmp_path / "b", "random", 64)
+    assert separation_table(only_group(tmp_path / "b")) is None
+
+
+def test_the_efficiency_of_7b_has_counts_times_and_the_papers_numbers(tmp_path):
+    options = {k: v for k, v in asdict(sparsevlm.build("fastv", budget=64)).items() if k != "budget"}
+    row = {"method": "fastv", "budget": 64, "text_tokens": 118, "entering": 66.0, "leaving": 64.0, "options": options}
+    row["llm_prefill"] = 1212.0
+    about = {"schema": 1, "task": "flops", "model": "llava_1_5_7b", "config_hash": "f", "n": 1, **folders.ABOUT}
+    folders.write(tmp_path / "runs" / "flops__llava_1_5_7b__f", {}, {**about, "rows": [row]}, [])
+    cells = {(r[0], r[1]): r for r in efficiency_paper(read_runs(tmp_path)).texts}
+    assert cells["none", "full"][2:4] == ["not run", "not run"]
+    fastv = cells["fastv", "64"]
+    assert fastv[2:4] == ["66.0", "64.0"] and fastv[6:] == ["not run | 27.3", "1.21 | 1.29"]
+    assert cells["sparsevlm", "192"][5] == "not run | 100.8†"
+
+
+def test_the_efficiency_of_a_group_has_times_of_the_same_setting(tmp_path):
+    folders.accuracy_run(tmp_path)
+    folders.accuracy_run(tmp_path, "random", 64, gmacs=1.25)
+    folders.latency_run(tmp_path, [("none", "full", {}), ("fastv", 64, {})])
+    runs = read_runs(tmp_path)
+    (group,) = accuracy_groups(runs)
+    table = efficiency_table(summarise(group, runs))
+    full, random = table.texts
+    assert full[:6] == ["none", "full", "200.0", "180.0", "75.0", "100.0"] and full[8:11] == ["20.0", "100.0", "5.00"]
+    assert random[6:] == ["not run"] * 5 + ["2.50"]
+    assert table.rows[0][9][0].runs == ("latency__mini__beef",)
