@@ -56,10 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         torch.set_num_threads(args.threads)
         work = plan(args)
-        ledger = Ledger(args.out)
-        run(work, ledger, args.repeats, args.warmup)
-        for path in report.write(ledger, args.out):
-            print(path)
+        with Ledger(args.out) as ledger:
+            run(work, ledger, args.repeats, args.warmup)
+            for path in report.write(ledger, args.out):
+                print(path)
     except KeyboardInterrupt:
         print(
             f"\ninterrupted: {args.out} keeps all finished rounds, the same command goes on from there", file=sys.stderr
@@ -256,12 +256,11 @@ def _run_group(
         which = [i for i, record in enumerate(records) if any(_lacks(record, n) for n in numbers)]
         if which:
             samples, failed = harness.round(number, which)
-            for i, reason in failed.items():
-                if records[i].failed is None:
-                    ledger.note_failure(records[i], reason)
-            for i in samples:
-                if records[i].facts is None:
-                    ledger.note_facts(records[i], harness.inspect(i))
+            for i, record in enumerate(records):
+                if i in failed and record.failed is None:
+                    ledger.note_failure(record, failed[i])
+                elif i in samples and record.facts is None:
+                    ledger.note_facts(record, harness.inspect(i))
             if number >= 0:
                 ledger.note_samples(number, [(records[i], samples[i]) for i in which if i in samples])
         progress()

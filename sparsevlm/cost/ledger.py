@@ -85,8 +85,15 @@ class Ledger:
         if self.path.is_file():
             self._read()
 
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+
     def open(self, machine: dict) -> None:
-        """Start to append.
+        """Start to append; leaving the `with` block ends it.
 
         Raises:
             ValueError: it was measured elsewhere or with other code: such times must not mix.
