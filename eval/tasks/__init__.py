@@ -1,43 +1,39 @@
-"""The tasks that `eval.run` knows, and where their questions come from."""
+"""The tasks that `eval.run` knows.
+
+A task is one of lmms-eval's, or a YAML under this folder. What this project changes about it (the papers' prompt, whole
+groups under a limit, a headline that lmms-eval does not aggregate) is in `benchmarks.py`, and what becomes of the
+answers in `scores.py`. `loading.py` builds it and looks for everything that can be wrong before a model is loaded.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 
-from eval.tasks.minivqa import dataset as minivqa
+from eval.errors import UserError, unknown
+from eval.tasks.base import SCALES, Task, TaskSettings
+from eval.tasks.benchmarks import BENCHMARKS
+from eval.tasks.folders import FOLDER, cache_dir
+from eval.tasks.generated import GENERATED
 
-FOLDER = Path(__file__).resolve().parent
+__all__ = ["FOLDER", "SCALES", "TASKS", "Task", "TaskSettings", "cache_dir", "load", "task_settings"]
 
-
-def cache_dir() -> Path:
-    """Where generated questions are kept: $SPARSEVLM_CACHE, else ~/.cache/sparsevlm."""
-    return Path(os.environ.get("SPARSEVLM_CACHE") or Path.home() / ".cache" / "sparsevlm")
+TASKS = {task.name: task for task in (*GENERATED, *BENCHMARKS)}
 
 
-@dataclass(frozen=True)
-class Task:
-    """One task.
+def task_settings(config: Mapping) -> TaskSettings:
+    """The checked config group `task`.
 
-    Attributes:
-        version: changes when the same settings would ask or score differently; part of a run's identity.
-        default_questions: how many there are without a limit.
-        prepare: (seed, number of questions) -> the entry of lmms-eval's `tasks=[...]`; makes the data if need be.
+    Raises:
+        UserError: an unknown task or key, or a value that is not possible.
     """
-
-    version: int
-    default_questions: int
-    prepare: Callable[[int, int], dict]
-
-    def questions(self, limit: int | None) -> int:
-        """How many questions a run with this limit asks."""
-        return self.default_questions if limit is None else limit
+    name = config.get("name")
+    if name not in TASKS:
+        raise UserError(unknown("task", name, TASKS))
+    return TASKS[name].settings(config)
 
 
-def _minivqa(seed: int, n: int) -> dict:
-    return minivqa.task_override(minivqa.build_dataset(seed, n, cache_dir() / "minivqa"))
+def load(settings: TaskSettings, limit: int | None):
+    """The task with its questions, ready for lmms-eval; see `eval.tasks.loading.load`."""
+    from eval.tasks.loading import load as load_task
 
-
-TASKS = {"minivqa": Task(minivqa.VERSION, minivqa.DEFAULT_N, _minivqa)}
+    return load_task(TASKS[settings.name], settings, limit)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
+from sparsevlm.models.videos import read_frames, uniform
+
 #: Longest side over shortest; beyond it, scaling the shortest side to the model's size would take gigabytes.
 MAX_ASPECT_RATIO = 200
 
@@ -52,25 +54,32 @@ def open_image(image: Image.Image | np.ndarray | str | Path, label: str) -> Imag
 
 
 def is_video(video) -> bool:
-    """Whether this is one video: an array [T, H, W, 3] or a list of frames (rather than a list of videos)."""
+    """Whether this is one video: a file, an array [T, H, W, 3] or a list of frames (rather than a list of videos)."""
+    if isinstance(video, (str, Path)):
+        return True
     if isinstance(video, (list, tuple)):
         first = video[0] if video else None
-        return first is not None and not isinstance(first, (list, tuple)) and getattr(first, "ndim", 3) == 3
+        nested = isinstance(first, (list, tuple, str, Path))
+        return first is not None and not nested and getattr(first, "ndim", 3) == 3
     return getattr(video, "ndim", 0) == 4
 
 
-def sample_frames(video: np.ndarray | list, frames: int, label: str) -> list[Image.Image]:
+def sample_frames(video: np.ndarray | list | str | Path, frames: int, label: str) -> list[Image.Image]:
     """`frames` RGB pictures: evenly spaced ones of a longer video (first and last included, as Video-LLaVA takes them);
     of a shorter one all, the last repeated.
 
+    Args:
+        video: an array [T, H, W, 3] uint8, a list of frames, or a file.
+
     Raises:
-        ValueError: a video without frames, or a frame that cannot be used.
+        ValueError: a video without frames, a file that cannot be read to its end, or a frame that cannot be used.
     """
+    if isinstance(video, (str, Path)):
+        try:
+            return [Image.fromarray(frame) for frame in read_frames(video, frames)]
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
     count = len(video)
     if count == 0:
         raise ValueError(f"{label} has no frames; replace the file or leave the sample out")
-    if count >= frames:
-        chosen = np.linspace(0, count - 1, frames, dtype=int)
-    else:
-        chosen = np.minimum(np.arange(frames), count - 1)
-    return [open_image(video[i], f"frame {i} of {label}") for i in chosen]
+    return [open_image(video[i], f"frame {i} of {label}") for i in uniform(count, frames)]

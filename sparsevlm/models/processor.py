@@ -145,7 +145,7 @@ class Processor:
                 the text says itself where they belong (``<image>``, ``<video>``).
             images: the question's picture or list of pictures (PIL, file, or array [H, W, 3] uint8); for a list of
                 questions a list of these, None where a question has none.
-            videos: likewise; a video is an array [T, H, W, 3] uint8 or a list of frames, of which 8 are taken.
+            videos: likewise; a video is a file, an array [T, H, W, 3] uint8 or a list of frames, of which 8 are taken.
 
         Returns:
             `input_ids`, `attention_mask` [B, L] int64, padded on the left; with images, `pixel_values`

@@ -1,0 +1,275 @@
+"""The papers' benchmarks: which task of lmms-eval each is, and what is changed about it and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from eval.tasks import scores
+from eval.tasks.base import EXACT_MATCH, Task, TaskSettings
+
+_SHORT = "\nAnswer the question using a single word or phrase."
+_LETTER = "\nAnswer with the option's letter from the given choices directly."
+_JUDGE = {"judge": None, "judge_url": None, "judge_timeout": None}
+_JUDGED = {"gpt_accuracy": "fraction", "gpt_score": "points", EXACT_MATCH: "fraction"}
+MVBENCH = (
+    "action_sequence", "moving_count", "action_prediction", "episodic_reasoning", "action_antonym", "action_count",
+    "scene_transition", "object_shuffle", "object_existence", "fine_grained_pose", "unexpected_action",
+    "moving_direction", "state_change", "object_interaction", "character_order", "action_localization",
+    "counterfactual_inference", "fine_grained_action", "moving_attribute", "egocentric_navigation",
+)  # fmt: skip
+
+
+def _metrics(*names: str, aggregation="mean") -> list[dict]:
+    """A metric_list: leaves out the tasks' submission files, whose names hold the time of day."""
+    return [{"metric": name, "aggregation": aggregation, "higher_is_better": True} for name in names]
+
+
+def _ours(*names: str) -> Callable[[TaskSettings], dict]:
+    """Results that lmms-eval hands through, for `score` to aggregate."""
+    return lambda settings: {"metric_list": _metrics(*names, aggregation=lambda results: None)}
+
+
+def _post_prompt(text: str, **more) -> dict:
+    return {"lmms_eval_specific_kwargs": {"default": {"pre_prompt": "", "post_prompt": text, **more}}}
+
+
+def _gqa(settings: TaskSettings) -> dict:
+    from eval.tasks.adjust import GqaPictures
+
+    pictures = GqaPictures()
+    return {"process_docs": pictures.find, "doc_to_visual": pictures.of}
+
+
+def _mmbench(settings: TaskSettings) -> dict:
+    from eval.tasks.adjust import mmbench_prompt
+
+    text = {} if settings.options["prompt"] == "lmms_eval" else {"doc_to_text": mmbench_prompt}
+    return {**text, **_ours("gpt_eval_score")(settings)}
+
+
+def _textvqa(settings: TaskSettings) -> dict:
+    return {**_post_prompt(_SHORT, ocr=settings.options["ocr"]), "metric_list": _metrics("exact_match")}
+
+
+def _conbench(settings: TaskSettings) -> dict:
+    from eval.tasks.adjust import conbench_results
+
+    return {
+        **_ours("ConScore_D")(settings),
+        "process_results": conbench_results,
+        "generation_kwargs": {"max_new_tokens": 1024, "do_sample": False},
+    }
+
+
+def _seedbench(settings: TaskSettings) -> dict:
+    from eval.tasks.adjust import only_images
+
+    return {**_ours("seed_image")(settings), "process_docs": only_images}
+
+
+def _nextqa(settings: TaskSettings) -> dict:
+    from eval.tasks.adjust import nextqa_results
+
+    return {
+        **_post_prompt(_LETTER),
+        "process_results": nextqa_results,
+        "generation_kwargs": {"max_new_tokens": 16, "do_sample": False},
+    }
+
+
+def _judged(kind: str, **more) -> Callable[[TaskSettings], dict]:
+    def overrides(settings: TaskSettings) -> dict:
+        from eval.judge import judge_of, scorer
+
+        judge = judge_of(settings.options)
+        metrics = [EXACT_MATCH] if judge is None else ["gpt_accuracy", "gpt_score", EXACT_MATCH]
+        if kind == "mmvet" and judge is not None:
+            metrics = ["gpt_eval_score", EXACT_MATCH]
+        return {
+            **more,
+            "process_results": scorer(kind, judge),
+            "metric_list": _metrics(*metrics),
+        }
+
+    return overrides
+
+
+def _video_qa(name: str, size: int) -> Task:
+    return Task(
+        name=name,
+        lmms=(f"{name}_qa",),
+        folder="own:video_qa",
+        size=size,
+        metrics=_JUDGED,
+        ours=tuple(_JUDGED),
+        options={"data": None, **_JUDGE},
+        overrides=_judged("video_qa"),
+        judge="video_qa",
+        video=True,
+        note="not shipped with lmms-eval; the authors' prompt (the bare question) and Video-ChatGPT's judge prompt",
+    )
+
+
+BENCHMARKS = (
+    Task(
+        name="gqa",
+        lmms=("gqa",),
+        folder="gqa",
+        size=12_578,
+        metrics={"exact_match": "fraction"},
+        overrides=_gqa,
+        note="pictures are looked up one by one; lmms-eval copies all of them into memory and into its cache first",
+    ),
+    Task(
+        name="mmbench",
+        lmms=("mmbench_en_dev_static",),
+        folder="mmbench",
+        size=4_329,
+        metrics={"circular_accuracy": "percent"},
+        ours=("circular_accuracy",),
+        options={"prompt": ("llava", "lmms_eval")},
+        overrides=_mmbench,
+        score=scores.mmbench,
+        group=lambda index: int(index) % 1_000_000,
+        columns=("index",),
+        note="lmms-eval's rules for reading a letter out of an answer, without its random guesses for unreadable ones",
+    ),
+    Task(
+        name="mme",
+        lmms=("mme",),
+        folder="mme",
+        size=2_374,
+        metrics={"mme_total": "points"},
+        ours=("mme_total",),
+        overrides=_ours("mme_perception_score", "mme_cognition_score"),
+        score=scores.mme,
+        group=lambda category, question: (category, question),
+        columns=("category", "question_id"),
+        note="perception + cognition, as the paper's tables have it",
+    ),
+    Task(
+        name="pope",
+        lmms=("pope",),
+        folder="pope",
+        size=9_000,
+        metrics={"pope_f1_mean": "percent"},
+        ours=("pope_f1_mean",),
+        overrides=_ours("pope_f1_score"),
+        score=scores.pope,
+        group=lambda category: category,
+        columns=("category",),
+        interleave=True,
+        note="mean F1 of the three splits",
+    ),
+    Task(
+        name="scienceqa",
+        lmms=("scienceqa_img",),
+        folder="scienceqa",
+        size=2_017,
+        metrics={"exact_match": "fraction"},
+        note="questions with a picture; LLaVA's model zoo has 66.8 where the paper's unpruned row has 69.5",
+    ),
+    Task(
+        name="vqav2",
+        lmms=("vqav2_val",),
+        folder="vqav2",
+        size=214_354,
+        metrics={"exact_match": "fraction"},
+        note="validation split; the papers' 78.5 is of the test server",
+    ),
+    Task(
+        name="textvqa",
+        lmms=("textvqa_val",),
+        folder="textvqa",
+        size=5_000,
+        metrics={"exact_match": "fraction"},
+        options={"ocr": (True, False)},
+        overrides=_textvqa,
+        note="with the OCR tokens in the prompt, as LLaVA's and the paper's numbers are",
+    ),
+    Task(
+        name="conbench",
+        lmms=("ConBench",),
+        folder="conbench",
+        size=3_000,
+        metrics={"ConScore_D": "fraction"},
+        ours=("ConScore_D",),
+        overrides=_conbench,
+        score=scores.conbench,
+        group=lambda image: image,
+        columns=("image_id",),
+        note="greedy, where lmms-eval samples; its end on an empty answer to a choice is a wrong answer here",
+    ),
+    Task(
+        name="seedbench",
+        lmms=("seedbench",),
+        folder="seedbench",
+        size=14_233,
+        metrics={"seed_image": "fraction"},
+        ours=("seed_image",),
+        overrides=_seedbench,
+        score=scores.seedbench,
+        note="questions about pictures only; the paper's unpruned 60.3 is neither these (66.1) nor all (58.6)",
+    ),
+    Task(
+        name="mmvet",
+        lmms=("mmvet",),
+        folder="mmvet",
+        size=218,
+        metrics={"gpt_eval_score": "fraction", EXACT_MATCH: "fraction"},
+        ours=("gpt_eval_score", EXACT_MATCH),
+        options=_JUDGE,
+        overrides=_judged("mmvet", **_post_prompt(""), generation_kwargs={"max_new_tokens": 1024, "do_sample": False}),
+        judge="mmvet",
+        note="the bare question as prompt; lmms-eval asks for reasoning first, and scores 0 where its judge fails",
+    ),
+    _video_qa("tgif", 25_751),
+    _video_qa("msvd", 13_157),
+    _video_qa("msrvtt", 72_821),
+    Task(
+        name="activitynet",
+        lmms=("activitynetqa",),
+        folder="activitynetqa",
+        size=8_000,
+        metrics=_JUDGED,
+        ours=tuple(_JUDGED),
+        options=_JUDGE,
+        overrides=_judged("video_qa", **_post_prompt("")),
+        judge="video_qa",
+        video=True,
+        note="the bare question as prompt, as the authors ask; lmms-eval asks for a single word or phrase",
+    ),
+    Task(
+        name="videomme",
+        lmms=("videomme",),
+        folder="videomme",
+        size=2_700,
+        metrics={"videomme_perception_score": "percent"},
+        score=scores.videomme,
+        video=True,
+        note="without subtitles",
+    ),
+    Task(
+        name="nextqa",
+        lmms=("nextqa_mc_test",),
+        folder="nextqa",
+        size=8_564,
+        metrics={"exact_match": "fraction"},
+        ours=("exact_match",),
+        overrides=_nextqa,
+        video=True,
+        note="multiple choice; an answer without a letter is wrong, where lmms-eval guesses at random",
+    ),
+    Task(
+        name="mvbench",
+        lmms=tuple(f"mvbench_{sub}" for sub in MVBENCH),
+        folder="mvbench",
+        size=4_000,
+        metrics={"mvbench_mean": "percent"},
+        ours=("mvbench_mean",),
+        overrides=_ours("mvbench_accuracy"),
+        score=scores.mvbench,
+        video=True,
+        note="mean over 20 sub-tasks; a limit is shared between them",
+    ),
+)

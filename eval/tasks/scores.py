@@ -1,0 +1,160 @@
+"""From lmms-eval's sample records to one number per question, and the metrics that lmms-eval does not aggregate.
+
+A sample record is a dict with `doc` (its row, pictures left out), `target`, `filtered_resps` (the answer) and what the
+task's `process_results` returned. Each function here replaces those results by numbers in place, keeping only what is
+one number per question in the unit of the metric of the same name (so that a mean over questions, where the metric is
+one, equals it), and returns the metrics that are this project's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+
+POPE_SPLITS = ("adversarial", "popular", "random")
+
+
+def answer(sample: dict) -> str:
+    """What the model said."""
+    return str(sample["filtered_resps"][0])
+
+
+def keep(samples: Iterable[dict], results: Sequence[str], number: Callable[[dict, dict], dict[str, float]]) -> None:
+    """Replace lmms-eval's `results` of each sample by what `number(sample, first of its results)` gives."""
+    for sample in samples:
+        found = [sample.pop(name) for name in results if name in sample]
+        sample.update(number(sample, found[0]))
+
+
+def mme(samples: Sequence[dict]) -> dict[str, float]:
+    """Total: perception + cognition, each the sum over categories of accuracy and accuracy of whole pairs, in percent.
+
+    A category without questions (under a limit) adds nothing; the full set has 10 + 4. A pair of which one question was
+    excluded counts in neither accuracy.
+    """
+    from lmms_eval.tasks.mme.utils import eval_type_dict
+
+    names = ("mme_perception_score", "mme_cognition_score")
+    keep(samples, names, lambda s, r: {"correct": float(r["score"])})
+    pairs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for s in samples:
+        pairs[s["doc"]["category"]][s["doc"]["question_id"]].append(s["correct"])
+    sums = dict.fromkeys(names, 0.0)
+    for category, found in pairs.items():
+        if whole := [pair for pair in found.values() if len(pair) == 2]:
+            kind = names[0] if category in eval_type_dict["Perception"] else names[1]
+            sums[kind] += 100 * fmean(fmean(pair) for pair in whole) + 100 * fmean(all(pair) for pair in whole)
+    return {"mme_total": sum(sums.values()), **sums, "correct": fmean(s["correct"] for s in samples)}
+
+
+def yes_or_no(text: str) -> str:
+    """What an answer to POPE says, by the rule of LLaVA's eval_pope.py, except that an answer with neither word is
+    "unclear" instead of yes."""
+    words = re.split(r"[\s,]+", text.split(".")[0].strip())
+    if any(w in ("No", "no", "not") for w in words):
+        return "no"
+    return "yes" if any(w.strip("!;:'\"").lower() == "yes" for w in words) else "unclear"
+
+
+def f1(pairs: Sequence[tuple[str, str]]) -> float:
+    """F1 of "yes" over (said, true); an unclear answer counts as the wrong one. 0 without a true positive."""
+    said = [("no" if true == "yes" else "yes") if s == "unclear" else s for s, true in pairs]
+    hits = sum(s == true == "yes" for s, (_, true) in zip(said, pairs, strict=True))
+    return 2 * hits / (said.count("yes") + sum(true == "yes" for _, true in pairs)) if hits else 0.0
+
+
+def pope(samples: Sequence[dict]) -> dict[str, float]:
+    """Mean of the F1 of the three splits, in percent, and each split's.
+
+    lmms-eval compares the whole answer with "yes" and "no", leaves an answer that is neither out of the recall, and
+    has no mean over splits.
+
+    Raises:
+        ValueError: a split that is not POPE's.
+    """
+    names = ("pope_f1_score", "pope_accuracy", "pope_precision", "pope_recall", "pope_yes_ratio")
+    by_split = defaultdict(list)
+    said = {id(s): yes_or_no(answer(s)) for s in samples}
+    keep(samples, names, lambda s, r: {"correct": float(said[id(s)] == r["ground_truth"])})
+    for s in samples:
+        by_split[s["doc"]["category"]].append((said[id(s)], s["doc"]["answer"].lower().strip()))
+    if odd := set(by_split) - set(POPE_SPLITS):
+        raise ValueError(f"POPE has the splits {', '.join(POPE_SPLITS)}; the data names {', '.join(sorted(odd))}")
+    each = {f"pope_f1_{split}": 100 * f1(pairs) for split, pairs in sorted(by_split.items())}
+    unclear = sum(v == "unclear" for v in said.values())
+    return {
+        "pope_f1_mean": fmean(each.values()),
+        **each,
+        "correct": fmean(s["correct"] for s in samples),
+        "yes_ratio": sum(v == "yes" for v in said.values()) / len(samples),
+        "unclear_answers": float(unclear),
+    }
+
+
+def mmbench(samples: Sequence[dict]) -> dict[str, float]:
+    """One score per circle of rows, at its first row: 100 if every rotation was answered rightly; their mean.
+
+    lmms-eval's rules read the letter out of an answer; where they find none, the answer is wrong.
+    """
+    import pandas as pd
+    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
+
+    evaluator = MMBench_Evaluator()
+    circles = defaultdict(list)
+    for s in samples:
+        s.pop("submission", None)
+        row = s.pop("gpt_eval_score")
+        row.update({letter: None for letter in "ABCDE" if row.get(letter) == "nan"})  # else "nan" is found in "banana"
+        circles[int(row["index"]) % 1_000_000].append((s, row))
+    for rows in circles.values():
+        frame = pd.DataFrame([{**row, "prediction": str(row["prediction"])} for _, row in rows])
+        right = evaluator.eval_sub_data(
+            frame, dict(zip(frame["index"], frame["answer"], strict=True)), static_only=True
+        )
+        rows[0][0]["circular_accuracy"] = 100.0 * right
+    return {"circular_accuracy": fmean(s["circular_accuracy"] for s in samples if "circular_accuracy" in s)}
+
+
+def conbench(samples: Sequence[dict]) -> dict[str, float]:
+    """One score per picture, at its first question: 1 if all three forms of the question were answered rightly; their
+    mean. A picture of which a question was excluded does not count."""
+    pictures = defaultdict(list)
+    for s in samples:
+        s["correct"] = float(s.pop("ConScore_D")["score"])
+        pictures[s["doc"]["image_id"]].append(s)
+    whole = [group for group in pictures.values() if len(group) == 3]
+    for group in whole:
+        group[0]["ConScore_D"] = float(all(s["correct"] for s in group))
+    score = fmean(group[0]["ConScore_D"] for group in whole) if whole else 0.0
+    return {"ConScore_D": score, "correct": fmean(s["correct"] for s in samples)}
+
+
+def seedbench(samples: Sequence[dict]) -> dict[str, float]:
+    """Accuracy over the questions about pictures, by the first character of an answer, as lmms-eval reads it."""
+    for s in samples:
+        s.pop("seed_all", None)
+        result = s.pop("seed_image")
+        s["seed_image"] = float(result["pred"].lower().strip() == result["answer"].lower().strip())
+    return {"seed_image": fmean(s["seed_image"] for s in samples)}
+
+
+def videomme(samples: Sequence[dict]) -> dict[str, float]:
+    """In percent, and the three lengths of video apart, which lmms-eval only logs."""
+    keep(samples, ("videomme_perception_score",), lambda s, r: {"videomme_perception_score": 100.0 * r["score"]})
+    by_length = defaultdict(list)
+    for s in samples:
+        by_length[s["doc"]["duration"]].append(s["videomme_perception_score"])
+    return {f"videomme_{length}": fmean(found) for length, found in sorted(by_length.items())}
+
+
+def mvbench(samples: Sequence[dict]) -> dict[str, float]:
+    """Mean over the sub-tasks of their accuracies, in percent; an empty answer is a wrong one, which lmms-eval leaves
+    out of the denominator."""
+    keep(samples, ("mvbench_accuracy",), lambda s, r: {"correct": float(r["pred_answer"] != "" and r["score"])})
+    by_task = defaultdict(list)
+    for s in samples:
+        by_task[s["task"]].append(100.0 * s["correct"])
+    each = {name: fmean(found) for name, found in sorted(by_task.items())}
+    return {"mvbench_mean": fmean(each.values()), **each, "correct": fmean(s["correct"] for s in samples)}

@@ -1,0 +1,108 @@
+"""Frames of video files, frame-exact, from files as they are found: few frames of long ones without decoding all.
+
+Read by PyAV, which is imported only here. A file that breaks off is an error: frames of its first half would pass for
+a whole video.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+#: Share of the frames a container announces that must be there; the last ones are often missing from sound files.
+COMPLETE = 0.97
+#: Above this number of frames the decoder jumps to the key frame before each wanted one.
+SEEK_ABOVE = 1500
+
+
+def uniform(count: int, frames: int) -> np.ndarray:
+    """Indices of `frames` evenly spaced frames of `count`, first and last included, as Video-LLaVA takes them; of a
+    shorter video all, the last one repeated."""
+    if count >= frames:
+        return np.linspace(0, count - 1, frames, dtype=int)
+    return np.minimum(np.arange(frames), count - 1)
+
+
+def read_frames(path: str | Path, frames: int) -> np.ndarray:
+    """`frames` evenly spaced frames of a video file.
+
+    Args:
+        path: any container that FFmpeg reads (mp4, avi, mkv, webm, mov, gif).
+
+    Returns:
+        uint8 [frames, H, W, 3].
+
+    Raises:
+        ValueError: it cannot be opened or decoded, has no frames, or breaks off; the message names the file.
+        ImportError: PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("videos need PyAV: pip install av") from error
+    try:
+        times, announced = _index(path, av)
+        if not len(times):
+            raise ValueError("it has no frames")
+        if len(times) < COMPLETE * announced:
+            raise ValueError(f"it breaks off: {len(times)} of {announced} frames are there")
+        wanted = uniform(len(times), frames)
+        if len(times) > SEEK_ABOVE and not np.isnan(times).any() and (np.diff(times) > 0).all():
+            found = _seek(path, times[wanted], av)
+        else:
+            found = None
+        if found is None:
+            found = _decode(path, wanted, len(times), av)
+    except (ValueError, OSError, av.FFmpegError) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"video {path} cannot be read ({what}); replace the file or leave the sample out") from error
+    return np.stack(found)
+
+
+def _index(path, av) -> tuple[np.ndarray, int]:
+    """Presentation times of all frames, ascending (NaN where unknown), and how many the container announces."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("it holds no video stream")
+        stream = container.streams.video[0]
+        times = [
+            np.nan if packet.pts is None else float(packet.pts)
+            for packet in container.demux(stream)
+            if packet.size and not packet.is_discard
+        ]
+        return np.sort(np.array(times)), stream.frames
+
+
+def _decode(path, wanted: np.ndarray, count: int, av) -> list[np.ndarray]:
+    """The wanted frames, by decoding up to the last one; a few missing at the end are made up for by choosing anew."""
+    kept, n = {}, 0
+    last = int(wanted[-1])
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        for frame in container.decode(video=0):
+            if n in wanted:
+                kept[n] = frame.to_ndarray(format="rgb24")
+            n += 1
+            if n > last:
+                break
+    if n <= last:
+        if n < COMPLETE * count:
+            raise ValueError(f"it breaks off: {n} of {count} frames can be decoded")
+        return _decode(path, uniform(n, len(wanted)), n, av)
+    return [kept[int(i)] for i in wanted]
+
+
+def _seek(path, times: np.ndarray, av) -> list[np.ndarray] | None:
+    """The frames of these presentation times; None if one is not found exactly."""
+    found = []
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        for time in times:
+            container.seek(int(time), stream=stream, backward=True, any_frame=False)
+            frame = next((f for f in container.decode(stream) if f.pts is not None and f.pts >= time), None)
+            if frame is None or frame.pts != time:
+                return None
+            found.append(frame.to_ndarray(format="rgb24"))
+    return found
