@@ -8,25 +8,30 @@ import sys
 import traceback
 from collections.abc import Iterable
 
-USER, RUN = 2, 1  # exit statuses: asked for something that cannot be; a run failed
+#: Exit statuses: a run failed; something asked for cannot be; all runs are there, but one leaves questions out.
+RUN, USER, EXCLUDED = 1, 2, 3
+ON_ERROR = ("stop", "record")  # what to do at a question that cannot be answered
 
 
 class UserError(Exception):
     """Something that was asked for cannot be; the message is one line and says how to put it right."""
 
 
-def report(error: Exception, what: str = "") -> int:
+def report(error: Exception, what: str = "", shown: bool = True) -> int:
     """Tell an error on one line of stderr (with SPARSEVLM_TRACEBACK=1 also where it came from).
 
     Args:
         what: what was being done, put in front.
+        shown: False = only find the exit status.
 
     Returns:
         The exit status that goes with it.
     """
+    expected = isinstance(error, UserError)
+    if not shown:
+        return USER if expected else RUN
     if os.environ.get("SPARSEVLM_TRACEBACK") == "1":
         traceback.print_exception(error)
-    expected = isinstance(error, UserError)
     text = one_line(error) if expected else f"{type(error).__name__}: {one_line(error)}"
     hint = "" if expected else " (SPARSEVLM_TRACEBACK=1 shows where)"
     print(f"error: {what}{text}{hint}", file=sys.stderr, flush=True)
@@ -34,9 +39,10 @@ def report(error: Exception, what: str = "") -> int:
 
 
 def worst(statuses: Iterable[int]) -> int:
-    """The exit status of several jobs: a failed run counts more than a wrong request, that more than success."""
+    """The exit status of several jobs: a failed run counts more than a wrong request, that more than excluded
+    questions, and those more than success."""
     found = set(statuses)
-    return next((s for s in (RUN, USER) if s in found), 0)
+    return next((s for s in (RUN, USER, EXCLUDED) if s in found), 0)
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

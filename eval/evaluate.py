@@ -1,83 +1,270 @@
-"""One run from settings to results folder, with lmms-eval's own evaluator."""
+"""Runs from settings to results folders: questions asked by ourselves, scored by lmms-eval's own evaluator.
+
+All runs of one call differ in the method alone. Their questions are asked in one pass (eval/asking.py); then each run
+is scored by itself from its ledger. So nothing that goes wrong while scoring costs an answer, and scoring is the same
+however many processes asked.
+"""
 
 from __future__ import annotations
 
 import sparsevlm  # isort: skip  - before lmms-eval: it makes torchvision importable beside a CPU-only torch
 
 import argparse
+import io
+import random
 import sys
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stderr
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
+import numpy as np
+import torch
+
+from eval.asking import Asker, GenerationError, Lane, plan_batches
 from eval.errors import UserError, one_line
-from eval.ledger import Ledger
+from eval.features import FeatureStore
+from eval.ledger import Failure, Ledger
+from eval.processes import Processes, alone
 from eval.results import RunFolder, files
-from eval.settings import ModelSettings, Run
+from eval.settings import ModelSettings, Run, TaskSettings
 from eval.tasks import FOLDER, TASKS
+
+_SEED = 1234  # of what a task draws while it scores, lmms-eval's own
 
 
 class IncompleteRun(RuntimeError):
-    """lmms-eval returned without an answer and a score for every question."""
+    """Not every question has an answer and a score, or a recorded error."""
 
 
-def execute(run: Run, folder: RunFolder, command: str, progress: Callable[[int], None] | None = None) -> None:
-    """Ask all questions that are not in the folder's ledger, score, and publish the folder.
+@dataclass
+class Job:
+    """One run on its way to its folder.
+
+    Attributes:
+        error: why it has no results; None = it has.
+        excluded: questions that were recorded as failed.
+    """
+
+    run: Run
+    folder: RunFolder
+    error: Exception | None = None
+    excluded: int = 0
+    lane: Lane | None = field(default=None, repr=False)
+
+
+def execute(jobs: Sequence[Job], command: str, progress: Callable[[int, int], None], processes: Processes) -> None:
+    """Ask all questions that are not in the ledgers, score each run, and publish its folder.
+
+    What fails is kept in `job.error`; the other jobs go on.
 
     Args:
-        command: how the run was started, for env.json.
-        progress: called with the number of questions that were answered, again and again.
+        jobs: runs of the same model, task and generation settings.
+        command: how the runs were started, for env.json.
+        progress: called with (number of questions, number of answers that came), again and again.
 
     Raises:
-        UserError: results cannot be written, or the model cannot be loaded.
-        eval.lmms_model.GenerationError: generation failed; what was answered before is in the ledger.
-        IncompleteRun: a question without answer or score.
+        UserError: the task cannot be prepared or the model cannot be loaded.
+        eval.processes.ProcessGone: another process ended.
     """
-    folder.open()
-    from loguru import logger
+    _quiet()
+    for job in jobs:
+        if processes.first:
+            _guarded(job, job.folder.open)
+    opened = processes.gather([job.error is None for job in jobs])[0]
+    to_do = [job for job, is_open in zip(jobs, opened, strict=True) if is_open]
+    if to_do:
+        _ask_and_score(to_do, command, progress, processes)
+    outcomes = processes.gather([(_portable(job.error, processes), job.excluded) for job in jobs])[0]
+    for job, (error, excluded) in zip(jobs, outcomes, strict=True):
+        job.error, job.excluded = error, excluded
 
-    logger.remove()  # lmms-eval reports every step at level INFO
-    logger.add(sys.stderr, level="WARNING", format="{level}: {message}")
-    from datasets import disable_progress_bars
 
-    disable_progress_bars()
-    from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
+def _ask_and_score(
+    jobs: Sequence[Job], command: str, progress: Callable[[int, int], None], processes: Processes
+) -> None:
+    first = jobs[0].run
+    tasks = _tasks(first, processes)
+    _, processor = _load(first.model)
+    store = _store(first.model, first.feature_mb)
+    with ExitStack() as stack:
+        for job in jobs:
+            job.lane = Lane(job.run.method, None, first.batch_size)
+            _guarded(job, partial(_open_ledger, job, stack, processes.number))
+        requests = [request for task in tasks.values() for request in task.requests]
+        lanes = [job.lane for job in jobs if job.error is None]
+        batches = plan_batches(requests, first.batch_size)[processes.number :: processes.count]
+        share = [request for batch in batches for request in batch]
+        progress(len(share) * len(lanes), sum(lane.look_up(share) for lane in lanes))
+        documents = {name: task.documents for name, task in tasks.items()}
+        Asker(processor, store, documents, on_error=first.on_error).ask(batches, lanes, partial(progress, 0))
+        _exchange_errors(jobs, processes)
+        if processes.first:
+            for job in jobs:
+                if job.error is None:
+                    _guarded(job, partial(_score, job, tasks, requests, command))
 
-    from eval.lmms_model import SparseVLMAdapter
 
-    n = TASKS[run.task.name].questions(run.limit)
+def _guarded(job: Job, step: Callable[[], None]) -> None:
+    """Do one step of one job; what goes wrong ends this job alone."""
     try:
-        task = TASKS[run.task.name].prepare(run.task.seed, n)
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot prepare the task {run.task.name}: {one_line(error)}") from error
-    model, processor = _load(run.model)
+        step()
+    except Exception as error:
+        job.error = error
+
+
+def _open_ledger(job: Job, stack: ExitStack, process: int) -> None:
     try:
-        ledger = Ledger(folder.ledger, run.config_hash())
+        job.lane.ledger = stack.enter_context(Ledger(job.folder.ledger, job.run.config_hash(), process))
     except BlockingIOError as error:
         raise UserError(f"{one_line(error)}: wait for it to finish") from error
-    with ledger:
-        adapter = SparseVLMAdapter(
-            run.model.pretrained, run.method, batch_size=run.batch_size,
-            model=model, processor=processor, ledger=ledger, progress=progress,
-        )  # fmt: skip
-        evaluated = simple_evaluate(
-            model=adapter,
-            tasks=[task],
-            task_manager=TaskManager(include_path=str(FOLDER), include_defaults=False, model_name="sparsevlm"),
-            limit=n,
-            bootstrap_iters=0,
-            process_docs_parallel=1,
-            gen_kwargs=f"max_new_tokens={run.max_new_tokens}" if run.max_new_tokens else None,
-            cli_args=argparse.Namespace(output_path=str(folder.partial), process_with_media=False, reasoning_tags=None),
-        )
-        samples = evaluated["samples"][run.task.name]
-        answers = [adapter.answers.get((run.task.name, s["doc_id"])) for s in samples]
-        if len(samples) != n or None in answers:
-            raise IncompleteRun(f"{n} questions were to be answered, {len(samples) - answers.count(None)} were")
-        content = files(run, samples, evaluated["results"][run.task.name], answers, command)
-    folder.publish(content)
 
 
+def _exchange_errors(jobs: Sequence[Job], processes: Processes) -> None:
+    """Let all processes know which runs failed in any of them."""
+    mine = [_portable(job.error or job.lane.error, processes) for job in jobs]
+    for job, errors in zip(jobs, zip(*processes.gather(mine), strict=True), strict=True):
+        job.error = next((error for error in errors if error is not None), None)
+
+
+def _portable(error: Exception | None, processes: Processes) -> Exception | None:
+    """An error that can be sent to another process."""
+    if processes.count == 1 or error is None or type(error) in (UserError, GenerationError, IncompleteRun):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {one_line(error)}")
+
+
+# ---- questions -----------------------------------------------------------------------------------------------------
+@dataclass
+class _Questions:
+    """One task of lmms-eval with its requests.
+
+    Attributes:
+        task: lmms-eval's object.
+        documents: split -> documents.
+        requests: one for each question.
+    """
+
+    task: object
+    documents: object
+    requests: list
+
+
+def _tasks(run: Run, processes: Processes) -> dict[str, _Questions]:
+    """The run's questions, by the name of lmms-eval's task. The first process makes or downloads the data."""
+    out = error = None
+    for turn in (True, False):
+        if processes.first == turn:
+            try:
+                out = _questions(run.task, TASKS[run.task.name].questions(run.limit), run.max_new_tokens)
+            except UserError as failure:
+                error = failure
+        if error := next((e for e in processes.gather(error) if e is not None), None):
+            raise error
+    return out
+
+
+@lru_cache(maxsize=1)
+def _questions(settings: TaskSettings, n: int, max_new_tokens: int | None) -> dict[str, _Questions]:
+    from lmms_eval.evaluator import get_task_list
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    try:
+        entry = TASKS[settings.name].prepare(settings.seed, n)
+        manager = TaskManager(include_path=str(FOLDER), include_defaults=False, model_name="sparsevlm")
+        task_dict = get_task_dict([entry], manager, "simple")
+    except (ValueError, OSError) as error:
+        raise UserError(f"cannot prepare the task {settings.name}: {one_line(error)}") from error
+    out = {}
+    for found in get_task_list(task_dict):
+        task = found.task
+        if max_new_tokens:
+            task.set_config("generation_kwargs", {"max_new_tokens": max_new_tokens}, update=True)
+        if task.get_config("num_fewshot") is None:
+            task.set_config("num_fewshot", 0)
+        task.set_fewshot_seed(_SEED)
+        _build_requests(task.build_all_requests, limit=n)
+        out[found.task_name] = _Questions(task, task.dataset, list(task.instances))
+    return out
+
+
+def _build_requests(build: Callable, **arguments) -> None:
+    """Without lmms-eval's progress bar: it takes a moment, and happens again for every run."""
+    with redirect_stderr(io.StringIO()):
+        build(**arguments)
+
+
+# ---- scoring -------------------------------------------------------------------------------------------------------
+def _score(job: Job, tasks: dict[str, _Questions], requests: Sequence, command: str) -> None:
+    """Score one run from its ledger and publish its folder.
+
+    Raises:
+        IncompleteRun: a question without answer, score and recorded error.
+    """
+    from eval.lmms_model import SparseVLMAdapter
+
+    run, lane = job.run, job.lane
+    lane.ledger.read()  # also what the other processes wrote
+    lane.look_up(requests)
+    excluded = [f for r in requests if (f := _failure(lane.ledger, r))]
+    job.excluded = len(excluded)
+    missing = len(requests) - len(excluded) - len(lane.answers)
+    if missing:
+        raise IncompleteRun(f"{len(requests)} questions were to be answered, {missing} were not")
+    if not lane.answers:
+        raise GenerationError(f"not one question could be answered; the first: {excluded[0].error}")
+    model, processor = _load(run.model)
+    adapter = SparseVLMAdapter(
+        run.model.pretrained, run.method, batch_size=run.batch_size, model=model, processor=processor,
+        ledger=lane.ledger, progress=lambda n: None,
+    )  # fmt: skip
+    evaluated = _evaluate(adapter, tasks, {(f.task, f.doc_id) for f in excluded}, str(job.folder.partial))
+    samples = evaluated["samples"][run.task.name]
+    answers = [adapter.lane.answers.get((run.task.name, s["doc_id"])) for s in samples]
+    if len(samples) + len(excluded) != len(requests) or None in answers:
+        raise IncompleteRun(f"{len(requests)} questions were to be scored, {len(samples) - answers.count(None)} were")
+    job.folder.publish(files(run, samples, evaluated["results"][run.task.name], answers, excluded, command))
+
+
+def _failure(ledger: Ledger, request) -> Failure | None:
+    context, _, _, doc_id, task, _ = request.args
+    return ledger.failure(task, doc_id, context)
+
+
+def _evaluate(adapter, tasks: dict[str, _Questions], excluded: set[tuple], output: str) -> dict:
+    """lmms-eval's evaluation of answers that are all known; excluded documents are not in it."""
+    from lmms_eval.evaluator import evaluate
+
+    random.seed(0)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+    originals = {}
+    for name, questions in tasks.items():
+        adapter.task_dict[name] = questions.documents
+        originals[name] = build = questions.task.build_all_requests
+        questions.task.build_all_requests = partial(_build_without, questions.task, build, excluded)
+    try:
+        with alone():
+            return evaluate(
+                lm=adapter,
+                task_dict={name: questions.task for name, questions in tasks.items()},
+                limit=max(len(questions.requests) for questions in tasks.values()),
+                bootstrap_iters=0,
+                process_docs_parallel=1,
+                cli_args=argparse.Namespace(output_path=output, process_with_media=False, reasoning_tags=None),
+            )
+    finally:
+        for name, build in originals.items():
+            tasks[name].task.build_all_requests = build
+
+
+def _build_without(task, build: Callable, excluded: set[tuple], **arguments) -> None:
+    """lmms-eval's own requests, but those for excluded documents: it scores no document without a request."""
+    _build_requests(build, **arguments)
+    task._instances = [i for i in task.instances if (i.args[4], i.args[3]) not in excluded]
+
+
+# ---- models --------------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=1)
 def _load(model: ModelSettings):
     """The model and its processor; the last ones stay in memory for the next run of this process."""
@@ -86,3 +273,17 @@ def _load(model: ModelSettings):
         return sparsevlm.load(model.pretrained, **options)
     except (ValueError, OSError) as error:
         raise UserError(f"cannot load the model {model.name}: {one_line(error)}") from error
+
+
+@lru_cache(maxsize=1)
+def _store(model: ModelSettings, megabytes: int) -> FeatureStore:
+    return FeatureStore(_load(model)[0], megabytes << 20)
+
+
+def _quiet() -> None:
+    from datasets import disable_progress_bars
+    from loguru import logger
+
+    logger.remove()  # lmms-eval reports every step at level INFO
+    logger.add(sys.stderr, level="WARNING", format="{level}: {message}")
+    disable_progress_bars()

@@ -1,7 +1,8 @@
 """Append-only record of the answers of one run: what a killed run had answered is not asked again.
 
 One JSON line per answer, appended batch by batch and synced to disk before the next batch starts. A line that a crash
-tore is cut off when the ledger is opened again.
+tore is cut off when the ledger is opened again. Where several processes work on one run, each writes a file of its own
+and reads those of all.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Answer:
         output_tokens: generated tokens, end-of-sequence included.
         visual: visual tokens of the prompt.
         entering, leaving: mean visual tokens per layer of the language model, before and after each layer's pruning.
-        seconds: wall time of its batch (pictures, prompt and generation) divided by the batch's size.
+        seconds: wall time of its batch (pictures, prompt and generation) divided by the batch's size. Pictures and
+            prompts that were prepared once for several runs count in each.
     """
 
     task: str
@@ -47,58 +49,98 @@ class Answer:
         return self.task, str(self.doc_id), self.prompt
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A document that could not be answered.
+
+    Attributes:
+        task, doc_id, prompt: as in :class:`Answer`.
+        error: what went wrong, on one line.
+    """
+
+    task: str
+    doc_id: int | str
+    prompt: str
+    error: str
+
+    @property
+    def key(self) -> Key:
+        return self.task, str(self.doc_id), self.prompt
+
+
 class Ledger:
     """The answers of one run configuration on disk.
 
     Args:
-        path: the file; its folder must exist.
+        path: the file of process 0; its folder must exist.
         config_hash: answers written under another hash are ignored.
+        process: which of several processes this is; others than 0 write to `<path>.<process>`.
 
     Raises:
-        BlockingIOError: another process has the ledger open.
+        BlockingIOError: somebody else writes this process's file.
     """
 
-    def __init__(self, path: Path, config_hash: str) -> None:
-        self.path, self.config_hash = Path(path), config_hash
+    def __init__(self, path: Path, config_hash: str, process: int = 0) -> None:
+        self.path = Path(path) if process == 0 else Path(f"{path}.{process}")
+        self.config_hash = config_hash
+        self._first = Path(path)
         self._file = open(self.path, "ab+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
             raise BlockingIOError(f"another process is writing {self.path}") from None
-        self._answers = self._load()
+        self._cut()
+        self._records: dict[Key, Answer | Failure] = {}
+        self.read()
 
-    def _load(self) -> dict[Key, Answer]:
+    def _cut(self) -> None:
+        """Remove a line that was torn."""
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             self._file.truncate(whole)
-        answers = {}
-        for line in content[:whole].splitlines():
-            try:
-                row = json.loads(line)
-                if row.pop("config") == self.config_hash:
-                    answer = Answer(**row)
-                    answers[answer.key] = answer
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # not a line of ours: a disk error or another version; its document is asked again
-        return answers
+
+    def read(self) -> None:
+        """Take in what all processes have written so far."""
+        self._records = {}
+        for path in ledger_files(self._first):
+            content = path.read_bytes()
+            for line in content[: content.rfind(b"\n") + 1].splitlines():
+                try:
+                    row = json.loads(line)
+                    if row.pop("config") == self.config_hash:
+                        self._add(Failure(**row) if "error" in row else Answer(**row))
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue  # not a line of ours: a disk error or another version; its document is asked again
+
+    def _add(self, record: Answer | Failure) -> None:
+        """Answers count more than failures: a document that failed is asked again in the next attempt."""
+        if isinstance(record, Answer) or not isinstance(self._records.get(record.key), Answer):
+            self._records[record.key] = record
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return sum(isinstance(r, Answer) for r in self._records.values())
 
     def get(self, task: str, doc_id: int | str, prompt: str) -> Answer | None:
         """The recorded answer to this prompt, or None."""
-        return self._answers.get((task, str(doc_id), prompt))
+        found = self._records.get((task, str(doc_id), prompt))
+        return found if isinstance(found, Answer) else None
 
-    def append(self, answers: Sequence[Answer]) -> None:
-        """Write a batch of answers; returns when they are on disk."""
-        lines = [json.dumps({"config": self.config_hash, **asdict(a)}, ensure_ascii=False) + "\n" for a in answers]
+    def failure(self, task: str, doc_id: int | str, prompt: str) -> Failure | None:
+        """Why there is no answer to this prompt, or None."""
+        found = self._records.get((task, str(doc_id), prompt))
+        return found if isinstance(found, Failure) else None
+
+    def append(self, records: Sequence[Answer | Failure]) -> None:
+        """Write a batch; returns when it is on disk."""
+        lines = [json.dumps({"config": self.config_hash, **asdict(r)}, ensure_ascii=False) + "\n" for r in records]
         self._file.write("".join(lines).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._answers.update((a.key, a) for a in answers)
+        for record in records:
+            self._add(record)
 
     def close(self) -> None:
         self._file.close()
@@ -108,3 +150,8 @@ class Ledger:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def ledger_files(path: Path) -> list[Path]:
+    """The files of all processes that worked on a run, of its ledger's path."""
+    return [p for p in (path, *sorted(path.parent.glob(f"{path.name}.*"))) if p.is_file()]

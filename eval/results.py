@@ -2,15 +2,17 @@
 
 config.yaml    the run's configuration, defaults filled in
 metrics.json   what came out (schema 1, below)
+excluded.jsonl only with on_error=record, if a question could not be answered: doc_id, question, error; one per line
 samples.jsonl  one line per question: doc_id, question, question_type, target, answer, scores {metric: number},
                input_tokens, output_tokens, visual, entering, leaving, seconds
 env.json       versions of all packages, hardware, commit, command, date
 
-metrics.json: schema, task, model, method, options, budget, config_hash, n, metrics {name: {value, ci95, n}} (per
-question type as "accuracy/<type>"; ci95 is null where a metric is no mean over questions), tokens {visual, entering,
-leaving} (means over questions of visual tokens: in the prompt, and per layer of the language model), time, cost (GMACs
-of one question of median length; null with a note where the method cannot be counted), seed, versions, hardware, git,
-date.
+metrics.json: schema, task, model, method, options, budget, config_hash, n (questions that were scored), excluded
+(number of questions that could not be answered and are in no score; 0 unless on_error=record), metrics {name: {value,
+ci95, n}} (per question type as "accuracy/<type>"; ci95 is null where a metric is no mean over questions), tokens
+{visual, entering, leaving} (means over questions of visual tokens: in the prompt, and per layer of the language model),
+time, cost (GMACs of one question of median length; null with a note where the method cannot be counted), seed,
+versions, hardware, git, date.
 
 A folder appears complete or not at all: until then everything is in the hidden folder `.<name>.partial` beside it, with
 the ledger from which an interrupted run goes on.
@@ -33,7 +35,7 @@ import yaml
 
 from eval import environment
 from eval.errors import UserError, one_line
-from eval.ledger import Answer
+from eval.ledger import Answer, Failure, ledger_files
 from eval.settings import Run
 from eval.stats import bootstrap_ci
 
@@ -64,7 +66,12 @@ class RunFolder:
 
     def answers_kept(self) -> int:
         """How many answers an unfinished run has on disk."""
-        return self.ledger.read_bytes().count(b"\n") if self.ledger.is_file() else 0
+        lines = [line for path in ledger_files(self.ledger) for line in path.read_bytes().splitlines(keepends=True)]
+        return sum(line.endswith(b"\n") and b'"error": ' not in line for line in lines)
+
+    def excluded(self) -> int:
+        """How many questions a finished run leaves out."""
+        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8")).get("excluded", 0)
 
     def open(self) -> None:
         """Make the partial folder and see that results can be written, before hours are spent on them.
@@ -93,16 +100,25 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         os.rename(self.partial, self.path)  # fails if a folder came there meanwhile: nothing is overwritten
-        (self.path / _LEDGER).unlink(missing_ok=True)
+        for path in ledger_files(self.path / _LEDGER):
+            path.unlink()
 
 
-def files(run: Run, samples: Sequence[Mapping], aggregated: Mapping, answers: Sequence[Answer], command: str) -> dict:
+def files(
+    run: Run,
+    samples: Sequence[Mapping],
+    aggregated: Mapping,
+    answers: Sequence[Answer],
+    excluded: Sequence[Failure],
+    command: str,
+) -> dict[str, str]:
     """The contents of a run folder.
 
     Args:
         samples: lmms-eval's sample records, one per question.
         aggregated: lmms-eval's results of the task, "<metric>,<filter>" -> value.
         answers: in the order of the samples.
+        excluded: questions that could not be answered.
     """
     types = {str(s["doc"].get("question_type")) for s in samples}
     found = {_typed(k, types): _summary(k, value, samples) for k, value in _metrics(aggregated).items()}
@@ -118,12 +134,14 @@ def files(run: Run, samples: Sequence[Mapping], aggregated: Mapping, answers: Se
         "budget": run.budget,
         "config_hash": run.config_hash(),
         "n": len(samples),
+        "excluded": len(excluded),
         "metrics": found,
         "tokens": {k: statistics.fmean(getattr(a, k) for a in answers) for k in ("visual", "entering", "leaving")},
         "time": {
             "generate_s": seconds,
             "samples_per_s": len(answers) / seconds,
-            "note": f"throughput of the evaluation in batches of {run.batch_size}, pictures and prompts included; "
+            "note": f"throughput of the evaluation in batches of at most {run.batch_size}, pictures and prompts "
+            "included (also where several runs shared them); a picture that comes again may be encoded only once; "
             "it is not latency",
         },
         "cost": cost(run, answers),
@@ -131,7 +149,9 @@ def files(run: Run, samples: Sequence[Mapping], aggregated: Mapping, answers: Se
         **about,
     }
     lines = [_sample_line(s, a, found) for s, a in zip(samples, answers, strict=True)]
+    left_out = [{"doc_id": f.doc_id, "question": f.prompt, "error": f.error} for f in excluded]
     return {
+        **({"excluded.jsonl": "".join(map(_line, left_out))} if left_out else {}),
         "config.yaml": yaml.safe_dump(_configuration(run), sort_keys=False),
         "samples.jsonl": "".join(lines),
         "env.json": _json({"command": command, **about, "packages": environment.packages()}),
@@ -189,7 +209,11 @@ def _sample_line(sample: Mapping, answer: Answer, metrics: Mapping) -> str:
         "scores": {m: sample[m] for m in metrics if isinstance(sample.get(m), Number)},
     }
     rest = ("input_tokens", "output_tokens", "visual", "entering", "leaving", "seconds")
-    return json.dumps({**line, **{k: getattr(answer, k) for k in rest}}, ensure_ascii=False) + "\n"
+    return _line({**line, **{k: getattr(answer, k) for k in rest}})
+
+
+def _line(content: Mapping) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
 
 
 def _configuration(run: Run) -> dict:
@@ -203,6 +227,8 @@ def _configuration(run: Run) -> dict:
         "limit": run.limit,
         "max_new_tokens": run.max_new_tokens,
         "batch_size": run.batch_size,
+        "on_error": run.on_error,
+        "feature_mb": run.feature_mb,
     }
 
 

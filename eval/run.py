@@ -3,10 +3,17 @@
     python -m eval.run model=mini method=sparsevlm budget=192 task=minivqa limit=64 results_dir=results
     python -m eval.run -m method=none,random,sparsevlm budget=192,128,64 task=minivqa
     python -m eval.run experiment=reproduce
+    accelerate launch --num_processes 4 -m eval.run ...                             several GPUs on each run
+    python -m eval.run -m hydra/launcher=joblib hydra.launcher.n_jobs=2 ...         jobs side by side on this machine
+    python -m eval.run -m hydra/launcher=slurm hydra.launcher.partition=gpu ...     each job to Slurm
 
 Exit status: 0 every question was answered and scored (or had been); 1 a run failed; 2 something that was asked for
-cannot be; 130 interrupted. An interrupted or failed run goes on where it was when the same command is given again.
+cannot be; 3 all runs are there, but questions that could not be answered are left out (on_error=record); 130
+interrupted. An interrupted or failed run goes on where it was when the same command is given again.
 SPARSEVLM_TRACEBACK=1 shows where an error came from.
+
+A job is one combination of what is swept over. Jobs that differ in the method alone share pictures, prompts and visual
+features, unless a launcher makes processes of them; there, let each job be an `experiment` with many runs.
 """
 
 from __future__ import annotations
@@ -16,12 +23,15 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads that spin halve a shared machine
 
 import itertools
+import json
 import re
 import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import hydra
@@ -46,32 +56,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing and exiting with its own status
     command = shlex.join(["python", "-m", "eval.run", *arguments])
+    here: list[tuple[list[Run], dict | None]] = []  # runs and what to time, of the jobs of this process
     statuses: list[int] = []
 
     def job(config: DictConfig) -> None:  # never raises: in a multirun the other jobs go on
+        launched = not HydraConfig.get().launcher._target_.endswith("BasicLauncher")
         try:
-            plain = OmegaConf.to_container(config, resolve=True)
-            experiment = plain.pop("experiment") or {}
-            runs = _listed(experiment["runs"]) if experiment else [_one(plain)]
-            statuses.append(run_series(runs, command))
-            if experiment.get("latency") and statuses[-1] == 0:
-                statuses.append(time_runs(runs, **experiment["latency"]))
+            runs, latency = _asked_for(OmegaConf.to_container(config, resolve=True))
+            if launched:  # this is a process of its own
+                _write_status(_do([(runs, latency)], command))
+            else:
+                here.append((runs, latency))
         except Exception as error:
             several = HydraConfig.get().mode == RunMode.MULTIRUN
             which = " ".join(HydraConfig.get().overrides.task) + ": " if several else ""
             statuses.append(report(error, which))
+            if launched:
+                _write_status(statuses[-1])
 
-    with tempfile.TemporaryDirectory() as scratch:  # Hydra writes a file of its own in a multirun
-        own_argv, sys.argv = sys.argv, [sys.argv[0], *register_budgets(arguments), f"hydra.sweep.dir='{scratch}'"]
+    with _sweep_folder(arguments) as folder:
+        own_argv, sys.argv = sys.argv, [sys.argv[0], *register_budgets(arguments), f"hydra.sweep.dir='{folder}'"]
         try:
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
+            if here:
+                statuses.append(_do(here, command))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             return report(UserError(_explain(error, arguments)))
         except KeyboardInterrupt:
             return 130
+        except Exception as error:  # a launcher lost a job
+            statuses.append(report(error, f"a job was lost (logs: {folder}): "))
         finally:
             sys.argv = own_argv
-    return worst(statuses)
+        return worst([*statuses, *_read_statuses(folder)])
+
+
+def _asked_for(config: dict) -> tuple[list[Run], dict | None]:
+    """The runs of one job, and what to time of them."""
+    experiment = config.pop("experiment") or {}
+    runs = _listed(experiment["runs"]) if experiment else [_one(config)]
+    return runs, experiment.get("latency")
+
+
+def _do(jobs: Sequence[tuple[list[Run], dict | None]], command: str) -> int:
+    """Do the runs of all jobs, and then what is to be timed if nothing failed."""
+    status = run_series([run for runs, _ in jobs for run in runs], command)
+    timed = [time_runs(runs, **latency) for runs, latency in jobs if latency and status == 0]
+    return worst([status, *timed])
+
+
+@contextmanager
+def _sweep_folder(arguments: Sequence[str]) -> Iterator[Path]:
+    """Where Hydra writes in a multirun: a temporary folder, but for launchers one that stays and that all can reach."""
+    if not any(a.startswith("hydra/launcher=") for a in arguments):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    results = [a.partition("=")[2] for a in arguments if a.startswith("results_dir=")] or ["results"]
+    folder = Path(results[-1].strip("'\"")).expanduser().resolve() / "jobs" / f"{datetime.now():%Y%m%d_%H%M%S}"
+    yield folder
+
+
+def _write_status(status: int) -> None:
+    """Tell the process that launched this job how it ended."""
+    config = HydraConfig.get()
+    path = Path(config.sweep.dir, f"{config.job.num}.status.json")
+    path.write_text(json.dumps({"status": status, "job": " ".join(config.overrides.task)}) + "\n")
+
+
+def _read_statuses(folder: Path) -> list[int]:
+    """How the launched jobs ended; those that failed are named."""
+    ended = [json.loads(path.read_text()) for path in sorted(folder.glob("*.status.json"))]
+    for job in ended:
+        if job["status"]:
+            print(f"job {job['job']} ended with status {job['status']}; logs: {folder}", file=sys.stderr, flush=True)
+    return [job["status"] for job in ended]
 
 
 def register_budgets(arguments: Sequence[str]) -> list[str]:

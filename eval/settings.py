@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig
 
 import sparsevlm
-from eval.errors import UserError, one_line, unknown
+from eval.errors import ON_ERROR, UserError, one_line, unknown
+from eval.processes import placed
 from eval.tasks import TASKS
 from sparsevlm.budget import check_budget
 from sparsevlm.methods.base import Method
@@ -20,7 +21,10 @@ from sparsevlm.models.checkpoint import find_checkpoint
 from sparsevlm.models.loading import DTYPES
 from sparsevlm.models.processor import check_options, n_visual_tokens
 
-_TOP = ("model", "method", "budget", "task", "limit", "max_new_tokens", "batch_size", "results_dir")
+_TOP = (
+    "model", "method", "budget", "task", "limit", "max_new_tokens",
+    "batch_size", "on_error", "feature_mb", "results_dir",
+)  # fmt: skip
 _WHOLE_FILE_BYTES = 64 << 20  # larger files are fingerprinted by samples
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -57,6 +61,8 @@ class Run:
             tokens stay.
         limit: number of questions; None = all of the task.
         max_new_tokens: None = as the task says.
+        on_error: "stop" at a question that cannot be answered, or "record" it as excluded and go on.
+        feature_mb: main memory for visual features.
         checkpoint: folder of the model's files.
         n_visual: visual tokens of one picture.
     """
@@ -68,6 +74,8 @@ class Run:
     limit: int | None
     max_new_tokens: int | None
     batch_size: int
+    on_error: str
+    feature_mb: int
     results_dir: Path
     checkpoint: Path
     n_visual: int
@@ -102,6 +110,12 @@ class Run:
         return "__".join(map(str, parts))
 
     @property
+    def company(self) -> tuple:
+        """Equal for runs that can go through the questions together: they differ in the method alone."""
+        same = (self.model, self.task, self.limit, self.max_new_tokens, self.batch_size, self.on_error, self.feature_mb)
+        return (repr(same), self.results_dir)
+
+    @property
     def changed(self) -> list[tuple[str, object]]:
         """The method's options that are not defaults."""
         defaults = {f.name: f.default for f in fields(self.method)}
@@ -130,6 +144,9 @@ def make_run(config: Mapping) -> Run:
     for key in ("limit", "max_new_tokens", "batch_size"):
         if config[key] is not None or key == "batch_size":
             _at_least(config[key], 1, key)
+    _at_least(config["feature_mb"], 0, "feature_mb")
+    if config["on_error"] not in ON_ERROR:
+        raise UserError(unknown("on_error", config["on_error"], ON_ERROR))
     try:
         check_options(model.prompt, model.image_aspect_ratio)
         model = _resolved(model)
@@ -141,7 +158,7 @@ def make_run(config: Mapping) -> Run:
         raise UserError(one_line(error)) from error
     return Run(
         model, task, method, budget, config["limit"], config["max_new_tokens"], config["batch_size"],
-        Path(config["results_dir"]).expanduser(), checkpoint, n_visual,
+        config["on_error"], config["feature_mb"], Path(config["results_dir"]).expanduser(), checkpoint, n_visual,
     )  # fmt: skip
 
 
@@ -165,7 +182,7 @@ def _method(config: Mapping, budget, n_visual: int, text_config) -> tuple[Method
 
 def _resolved(model: ModelSettings) -> ModelSettings:
     """Fill in the device, and the type of the numbers that follows from it."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if model.device == "auto" else model.device
+    device = placed(model.device)
     dtype = model.dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")

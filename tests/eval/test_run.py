@@ -28,14 +28,14 @@ def folders() -> list[str]:
     return sorted(os.listdir("results/runs")) if os.path.isdir("results/runs") else []
 
 
-def breaking(monkeypatch, at: int, error: BaseException) -> list[int]:
-    """Let the `at`-th call of generate() raise; returns the list of batch sizes that were asked for."""
+def breaking(monkeypatch, at: int, *errors: BaseException) -> list[int]:
+    """Let the calls of generate() from the `at`-th on raise; returns the list of batch sizes that were asked for."""
     original, asked = LlavaForConditionalGeneration.generate, []
 
     def generate(self, **kwargs):
         asked.append(len(kwargs["input_ids"]))
-        if len(asked) == at:
-            raise error
+        if 0 <= len(asked) - at < len(errors):
+            raise errors[len(asked) - at]
         return original(self, **kwargs)
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "generate", generate)
@@ -62,6 +62,8 @@ class TestBadInput:
             (["method=none", "budget=10000"], "budget 10000 is above the 576 visual tokens"),
             (["budget=abc"], "budget 'abc' is neither an integer nor 'full'"),
             (["limit=none"], "limit=none must be an integer of 1 or more"),
+            (["on_error=skip"], "unknown on_error 'skip'. Known: record, stop"),
+            (["feature_mb=-1"], "feature_mb=-1 must be an integer of 0 or more"),
             (["limit"], "Error parsing override 'limit'"),
             (["results_dir=file"], "cannot write results to file/runs: Not a directory; set results_dir"),
             (["model.pretrained=./nowhere"], "there is no checkpoint folder './nowhere'"),
@@ -127,17 +129,17 @@ class TestFinishedRuns:
 class TestFailures:
     def test_an_exception_gives_status_1_no_results_and_keeps_what_was_answered(self, monkeypatch, capfd):
         with monkeypatch.context() as patch:
-            breaking(patch, 2, RuntimeError("out of\nmemory"))
+            breaking(patch, 2, RuntimeError("some\nthing"), RuntimeError("some\nthing"))
             assert main(FAST) == 1
         err = capfd.readouterr().err
         (name,) = folders()
         assert name.startswith(".minivqa__mini__random__16__") and name.endswith(".partial")
         assert sorted(os.listdir(Path("results/runs", name))) == ["ledger.jsonl"]
         message = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert len(message) == 1 and "2 answers are kept" in message[0] and "out of memory" in message[0]
-        assert "task minivqa, documents" in message[0] and "Traceback" not in err
+        assert len(message) == 1 and "2 answers are kept" in message[0] and "some thing" in message[0]
+        assert "task minivqa, document " in message[0] and "Traceback" not in err
 
-        asked = breaking(monkeypatch, 0, RuntimeError())
+        asked = breaking(monkeypatch, 0)
         assert main(FAST) == 0
         assert asked == [2]  # the other two were not asked again
         assert [n for n in folders() if n.startswith(".")] == []
@@ -151,16 +153,68 @@ class TestFailures:
     def test_a_question_without_a_score_is_a_failure(self, monkeypatch, capfd):
         import lmms_eval.evaluator
 
-        original = lmms_eval.evaluator.simple_evaluate
+        original = lmms_eval.evaluator.evaluate
 
         def loses_one(**kwargs):
             results = original(**kwargs)
             results["samples"]["minivqa"].pop()
             return results
 
-        monkeypatch.setattr(lmms_eval.evaluator, "simple_evaluate", loses_one)
+        monkeypatch.setattr(lmms_eval.evaluator, "evaluate", loses_one)
         assert main(FAST) == 1
-        assert "4 questions were to be answered, 3 were" in capfd.readouterr().err
+        assert "4 questions were to be scored, 3 were" in capfd.readouterr().err
+        assert all(name.startswith(".") for name in folders())
+
+
+class TestRecordedFailures:
+    def spoil(self, monkeypatch, *bad: int):
+        """Let the pictures of some documents be unreadable."""
+        from eval.asking import Asker
+
+        original = Asker._prepare
+
+        def prepare(self, batch):
+            if {r.args[3] for r in batch} & set(bad):
+                raise OSError("image file is truncated")
+            return original(self, batch)
+
+        monkeypatch.setattr(Asker, "_prepare", prepare)
+
+    def test_are_left_out_counted_and_named(self, monkeypatch, capfd):
+        with monkeypatch.context() as patch:
+            self.spoil(patch, 2)
+            assert main([*FAST, "on_error=record"]) == 3
+        (name,) = folders()
+        folder = Path("results/runs", name)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert (metrics["n"], metrics["excluded"], metrics["metrics"]["accuracy"]["n"]) == (3, 1, 3)
+        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        assert [s["doc_id"] for s in samples] == [0, 1, 3]
+        (left_out,) = [json.loads(line) for line in (folder / "excluded.jsonl").read_text().splitlines()]
+        assert left_out["doc_id"] == 2 and left_out["error"] == "OSError: image file is truncated"
+        assert "1 questions EXCLUDED" in capfd.readouterr().out
+        assert main([*FAST, "on_error=record"]) == 3  # a finished run that leaves something out stays one
+        assert "already there" in (out := capfd.readouterr().out) and "EXCLUDED" in out
+        assert main([*FAST, "results_dir=whole"]) == 0
+        whole = next(Path("whole/runs").iterdir())
+        answers = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+        assert [(a["doc_id"], a["answer"]) for a in answers if a["doc_id"] != 2] == [
+            (s["doc_id"], s["answer"]) for s in samples
+        ]
+
+    def test_are_asked_again_in_the_next_attempt(self, monkeypatch, capfd):
+        with monkeypatch.context() as patch:
+            self.spoil(patch, 2)
+            breaking(patch, 2, KeyboardInterrupt())
+            assert main([*FAST, "on_error=record", "batch_size=1"]) == 130
+        assert main([*FAST, "on_error=record", "batch_size=1"]) == 0
+        (name,) = folders()
+        assert json.loads(Path("results/runs", name, "metrics.json").read_text())["excluded"] == 0
+
+    def test_a_run_of_failures_has_no_results(self, monkeypatch, capfd):
+        self.spoil(monkeypatch, 0, 1, 2, 3)
+        assert main([*FAST, "on_error=record"]) == 1
+        assert "not one question could be answered; the first: OSError" in capfd.readouterr().err
         assert all(name.startswith(".") for name in folders())
 
 
@@ -168,30 +222,48 @@ class TestMultirun:
     def test_every_job_and_none_only_once(self, monkeypatch, capfd):
         done = []
 
-        def execute(job, folder, command, progress):
-            done.append(job.label)
-            folder.open()
-            metrics = {"metrics": {"accuracy": {"value": 1, "ci95": None}}, "tokens": {"entering": 1, "leaving": 1}}
-            folder.publish({"metrics.json": json.dumps(metrics)})
+        def execute(jobs, command, progress, processes):
+            done.append([job.run.label for job in jobs])
+            for job in jobs:
+                job.folder.open()
+                metrics = {"metrics": {"accuracy": {"value": 1, "ci95": None}}, "tokens": {"entering": 1, "leaving": 1}}
+                job.folder.publish({"metrics.json": json.dumps(metrics)})
 
         monkeypatch.setattr(evaluate, "execute", execute)
         assert main(["-m", "method=none,random", "budget=64,100"]) == 0
-        assert done == ["none budget=full", "random budget=64", "random budget=100"]
+        assert done == [["none budget=full", "random budget=64", "random budget=100"]]  # in one go
         assert "method=none drops nothing: budget=64 counts as full" in capfd.readouterr().out
         assert os.listdir() == ["results"]
 
-    def test_a_failing_job_does_not_stop_the_others(self, monkeypatch, capfd):
+    def test_what_differs_in_more_than_the_method_runs_apart(self, monkeypatch):
         done = []
+        monkeypatch.setattr(evaluate, "execute", lambda jobs, *_: done.append([job.run.label for job in jobs]) or 1 / 0)
+        assert main(["-m", "method=random", "budget=64,32", "limit=2,3", "task.seed=0,1"]) == 1
+        assert [len(together) for together in done] == [2, 2, 2, 2]
 
-        def execute(job, folder, command, progress):
-            done.append(job.label)
-            raise RuntimeError("broken")
-
-        monkeypatch.setattr(evaluate, "execute", execute)
-        assert main(["-m", "method=random", "budget=64,10000,32"]) == 1
-        assert done == ["random budget=64", "random budget=32"]
+    def test_a_wrong_job_does_not_stop_the_others(self, capfd):
+        assert main(["-m", "method=random", "budget=64,10000,32", "limit=2"]) == 2
+        assert len(folders()) == 2
         err = capfd.readouterr().err
-        assert err.count("error: ") == 3 and "budget 10000 is above" in err
+        assert err.count("error: ") == 1 and 'budget="10000" limit=2: budget 10000 is above' in err
+
+    def test_a_method_that_fails_does_not_stop_the_others(self, monkeypatch, capfd):
+        from sparsevlm.methods.fastv import FastV
+
+        monkeypatch.setattr(FastV, "score", lambda *_: 1 / 0)
+        assert main(["-m", "method=random,fastv", "budget=64", "limit=2"]) == 1
+        out, err = capfd.readouterr()
+        assert [n.split("__")[2] for n in folders() if not n.startswith(".")] == ["random"]
+        assert "fastv__64" in err and "document 0: ZeroDivisionError" in err
+        assert "1 of 2 runs have no results; the same command goes on with them" in out
+
+    def test_a_task_that_fails_does_not_stop_those_after_it(self, monkeypatch, capfd):
+        original = evaluate._questions
+        broken = lambda settings, *rest: original(settings, *rest) if settings.seed else 1 / 0  # noqa: E731
+        monkeypatch.setattr(evaluate, "_questions", broken)
+        assert main(["-m", "method=random", "budget=16", "limit=2", "task.seed=0,1"]) == 1
+        assert [n.startswith(".") for n in folders()] == [True, False]
+        assert "ZeroDivisionError" in capfd.readouterr().err
 
     def test_an_unknown_name_is_told_before_anything_runs(self, monkeypatch, capfd):
         monkeypatch.setattr(evaluate, "execute", lambda *_: pytest.fail("started"))
