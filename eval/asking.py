@@ -25,6 +25,7 @@ from transformers import GenerationConfig
 from eval.errors import one_line
 from eval.features import KINDS, FeatureStore, as_argument, encoder_outputs, leaves_features_alone
 from eval.ledger import Answer, Failure, Ledger
+from eval.tasks.visuals import visuals
 from sparsevlm.methods.base import Method
 from sparsevlm.models import Processor
 
@@ -238,10 +239,10 @@ class Asker:
         start = time.perf_counter()
         questions, media = [], []
         for request in batch:
-            context, _, doc_to_visual, doc_id, task, split = request.args
-            questions.append(context)
-            media.append(doc_to_visual(self.documents[task][split][doc_id]))
-        inputs = self.processor(questions, images=media)
+            questions.append(request.args[0])
+            media.append(visuals(request, self.documents))
+        images, videos = zip(*media, strict=True)
+        inputs = self.processor(questions, images=list(images), videos=list(videos) if any(videos) else None)
         return Prepared(inputs, time.perf_counter() - start)
 
     def _features(self, prepared: Prepared) -> dict:

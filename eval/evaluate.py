@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,8 +28,11 @@ from eval.features import FeatureStore
 from eval.ledger import Failure, Ledger
 from eval.processes import Processes, alone
 from eval.results import RunFolder, files
-from eval.settings import ModelSettings, Run, TaskSettings
-from eval.tasks import FOLDER, TASKS
+from eval.settings import ModelSettings, Run
+from eval.tasks import TaskSettings, load
+
+if TYPE_CHECKING:
+    from eval.tasks.loading import Loaded
 
 _SEED = 1234  # of what a task draws while it scores, lmms-eval's own
 
@@ -84,7 +88,7 @@ def _ask_and_score(
     jobs: Sequence[Job], command: str, progress: Callable[[int, int], None], processes: Processes
 ) -> None:
     first = jobs[0].run
-    tasks = _tasks(first, processes)
+    loaded, tasks = _tasks(first, processes)
     _, processor = _load(first.model)
     store = _store(first.model, first.feature_mb)
     with ExitStack() as stack:
@@ -102,7 +106,7 @@ def _ask_and_score(
         if processes.first:
             for job in jobs:
                 if job.error is None:
-                    _guarded(job, partial(_score, job, tasks, requests, command))
+                    _guarded(job, partial(_score, job, loaded, tasks, requests, command))
 
 
 def _guarded(job: Job, step: Callable[[], None]) -> None:
@@ -150,13 +154,13 @@ class _Questions:
     requests: list
 
 
-def _tasks(run: Run, processes: Processes) -> dict[str, _Questions]:
-    """The run's questions, by the name of lmms-eval's task. The first process makes or downloads the data."""
+def _tasks(run: Run, processes: Processes) -> tuple[Loaded, dict[str, _Questions]]:
+    """The run's questions, also by the name of lmms-eval's task. The first process makes or downloads the data."""
     out = error = None
     for turn in (True, False):
         if processes.first == turn:
             try:
-                out = _questions(run.task, TASKS[run.task.name].questions(run.limit), run.max_new_tokens)
+                out = _questions(run.task, run.limit, run.max_new_tokens)
             except UserError as failure:
                 error = failure
         if error := next((e for e in processes.gather(error) if e is not None), None):
@@ -165,27 +169,19 @@ def _tasks(run: Run, processes: Processes) -> dict[str, _Questions]:
 
 
 @lru_cache(maxsize=1)
-def _questions(settings: TaskSettings, n: int, max_new_tokens: int | None) -> dict[str, _Questions]:
-    from lmms_eval.evaluator import get_task_list
-    from lmms_eval.tasks import TaskManager, get_task_dict
-
-    try:
-        entry = TASKS[settings.name].prepare(settings.seed, n)
-        manager = TaskManager(include_path=str(FOLDER), include_defaults=False, model_name="sparsevlm")
-        task_dict = get_task_dict([entry], manager, "simple")
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot prepare the task {settings.name}: {one_line(error)}") from error
-    out = {}
-    for found in get_task_list(task_dict):
-        task = found.task
+def _questions(
+    settings: TaskSettings, limit: int | None, max_new_tokens: int | None
+) -> tuple[Loaded, dict[str, _Questions]]:
+    loaded, out = load(settings, limit), {}
+    for task in loaded.tasks:
         if max_new_tokens:
             task.set_config("generation_kwargs", {"max_new_tokens": max_new_tokens}, update=True)
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(_SEED)
-        _build_requests(task.build_all_requests, limit=n)
-        out[found.task_name] = _Questions(task, task.dataset, list(task.instances))
-    return out
+        _build_requests(task.build_all_requests, limit=limit)
+        out[task.config.task] = _Questions(task, task.dataset, list(task.instances))
+    return loaded, out
 
 
 def _build_requests(build: Callable, **arguments) -> None:
@@ -195,7 +191,7 @@ def _build_requests(build: Callable, **arguments) -> None:
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
-def _score(job: Job, tasks: dict[str, _Questions], requests: Sequence, command: str) -> None:
+def _score(job: Job, loaded: Loaded, tasks: dict[str, _Questions], requests: Sequence, command: str) -> None:
     """Score one run from its ledger and publish its folder.
 
     Raises:
@@ -218,12 +214,16 @@ def _score(job: Job, tasks: dict[str, _Questions], requests: Sequence, command: 
         run.model.pretrained, run.method, batch_size=run.batch_size, model=model, processor=processor,
         ledger=lane.ledger, progress=lambda n: None,
     )  # fmt: skip
-    evaluated = _evaluate(adapter, tasks, {(f.task, f.doc_id) for f in excluded}, str(job.folder.partial))
-    samples = evaluated["samples"][run.task.name]
-    answers = [adapter.lane.answers.get((run.task.name, s["doc_id"])) for s in samples]
+    if loaded.judge is not None:
+        loaded.judge.keep_in(job.folder.judged)
+    excluded_keys = {(f.task, f.doc_id) for f in excluded}
+    evaluated = _evaluate(adapter, tasks, excluded_keys, str(job.folder.partial), loaded.parallel)
+    samples = loaded.samples(evaluated)
+    answers = [adapter.lane.answers.get(s["key"]) for s in samples]
     if len(samples) + len(excluded) != len(requests) or None in answers:
         raise IncompleteRun(f"{len(requests)} questions were to be scored, {len(samples) - answers.count(None)} were")
-    job.folder.publish(files(run, samples, evaluated["results"][run.task.name], answers, excluded, command))
+    metrics = loaded.aggregate(evaluated, samples)
+    job.folder.publish(files(run, samples, metrics, answers, excluded, command, loaded.about()))
 
 
 def _failure(ledger: Ledger, request) -> Failure | None:
@@ -231,7 +231,7 @@ def _failure(ledger: Ledger, request) -> Failure | None:
     return ledger.failure(task, doc_id, context)
 
 
-def _evaluate(adapter, tasks: dict[str, _Questions], excluded: set[tuple], output: str) -> dict:
+def _evaluate(adapter, tasks: dict[str, _Questions], excluded: set[tuple], output: str, parallel: int) -> dict:
     """lmms-eval's evaluation of answers that are all known; excluded documents are not in it."""
     from lmms_eval.evaluator import evaluate
 
@@ -250,7 +250,7 @@ def _evaluate(adapter, tasks: dict[str, _Questions], excluded: set[tuple], outpu
                 task_dict={name: questions.task for name, questions in tasks.items()},
                 limit=max(len(questions.requests) for questions in tasks.values()),
                 bootstrap_iters=0,
-                process_docs_parallel=1,
+                process_docs_parallel=parallel,
                 cli_args=argparse.Namespace(output_path=output, process_with_media=False, reasoning_tags=None),
             )
     finally:

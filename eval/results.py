@@ -2,6 +2,7 @@
 
 config.yaml    the run's configuration, defaults filled in
 metrics.json   what came out (schema 1, below)
+judge.jsonl    only where a language model judged: its replies, by the hash of what it was asked
 excluded.jsonl only with on_error=record, if a question could not be answered: doc_id, question, error; one per line
 samples.jsonl  one line per question: doc_id, question, question_type, target, answer, scores {metric: number},
                input_tokens, output_tokens, visual, entering, leaving, seconds
@@ -9,10 +10,11 @@ env.json       versions of all packages, hardware, commit, command, date
 
 metrics.json: schema, task, model, method, options, budget, config_hash, n (questions that were scored), excluded
 (number of questions that could not be answered and are in no score; 0 unless on_error=record), metrics {name: {value,
-ci95, n}} (per question type as "accuracy/<type>"; ci95 is null where a metric is no mean over questions), tokens
-{visual, entering, leaving} (means over questions of visual tokens: in the prompt, and per layer of the language model),
-time, cost (GMACs of one question of median length; null with a note where the method cannot be counted), seed,
-versions, hardware, git, date.
+ci95, n}} (per question type as "accuracy/<type>"; ci95 is null where a metric is no mean over questions), benchmark
+(lmms_tasks, the metric of the papers' tables with its scale and who computed it, judge, data, note), tokens {visual,
+entering, leaving} (means over questions of visual tokens: in the prompt, and per layer of the language model), time,
+cost (GMACs of one question of median length; null with a note where the method cannot be counted), seed, versions,
+hardware, git, date.
 
 A folder appears complete or not at all: until then everything is in the hidden folder `.<name>.partial` beside it, with
 the ledger from which an interrupted run goes on.
@@ -64,6 +66,11 @@ class RunFolder:
     def ledger(self) -> Path:
         return self.partial / _LEDGER
 
+    @property
+    def judged(self) -> Path:
+        """Replies of the judge of an unfinished run."""
+        return self.partial / "judge.jsonl"
+
     def answers_kept(self) -> int:
         """How many answers an unfinished run has on disk."""
         lines = [line for path in ledger_files(self.ledger) for line in path.read_bytes().splitlines(keepends=True)]
@@ -111,14 +118,16 @@ def files(
     answers: Sequence[Answer],
     excluded: Sequence[Failure],
     command: str,
+    benchmark: Mapping | None = None,
 ) -> dict[str, str]:
     """The contents of a run folder.
 
     Args:
         samples: lmms-eval's sample records, one per question.
-        aggregated: lmms-eval's results of the task, "<metric>,<filter>" -> value.
+        aggregated: results of the task, "<metric>,<filter>" -> value, the headline first.
         answers: in the order of the samples.
         excluded: questions that could not be answered.
+        benchmark: what was asked, see `eval.tasks.loading.Loaded.about`.
     """
     types = {str(s["doc"].get("question_type")) for s in samples}
     found = {_typed(k, types): _summary(k, value, samples) for k, value in _metrics(aggregated).items()}
@@ -136,6 +145,7 @@ def files(
         "n": len(samples),
         "excluded": len(excluded),
         "metrics": found,
+        "benchmark": benchmark,
         "tokens": {k: statistics.fmean(getattr(a, k) for a in answers) for k in ("visual", "entering", "leaving")},
         "time": {
             "generate_s": seconds,
@@ -223,7 +233,7 @@ def _configuration(run: Run) -> dict:
         "model": asdict(run.model),
         "method": {"name": run.method.name, **plain},
         "budget": None if run.budget == "explicit" else run.budget,
-        "task": asdict(run.task),
+        "task": run.task.plain(),
         "limit": run.limit,
         "max_new_tokens": run.max_new_tokens,
         "batch_size": run.batch_size,

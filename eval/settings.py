@@ -14,7 +14,7 @@ from transformers import AutoConfig
 import sparsevlm
 from eval.errors import ON_ERROR, UserError, one_line, unknown
 from eval.processes import placed
-from eval.tasks import TASKS
+from eval.tasks import TASKS, TaskSettings, task_settings
 from sparsevlm.budget import check_budget
 from sparsevlm.methods.base import Method
 from sparsevlm.models.checkpoint import find_checkpoint
@@ -44,14 +44,6 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class TaskSettings:
-    """Config group `task`. `seed`: which set of test scenes, for generated tasks."""
-
-    name: str
-    seed: int
-
-
-@dataclass(frozen=True)
 class Run:
     """One run, ready to be executed.
 
@@ -64,7 +56,7 @@ class Run:
         on_error: "stop" at a question that cannot be answered, or "record" it as excluded and go on.
         feature_mb: main memory for visual features.
         checkpoint: folder of the model's files.
-        n_visual: visual tokens of one picture.
+        n_visual: visual tokens of one picture, or of one video where the task is about videos.
     """
 
     model: ModelSettings
@@ -87,9 +79,8 @@ class Run:
 
     def identity(self) -> dict:
         """Everything that changes the numbers, and nothing else (not the batch size, the device, or the folder)."""
-        task = TASKS[self.task.name]
         return {
-            "task": {**asdict(self.task), "version": task.version, "limit": task.questions(self.limit)},
+            "task": TASKS[self.task.name].identity(self.task, self.limit),
             "model": {
                 "name": self.model.name,
                 "weights": fingerprint(self.checkpoint),
@@ -137,10 +128,7 @@ def make_run(config: Mapping) -> Run:
         UserError: an unknown key or name, a value out of range, or a checkpoint that is not there or broken.
     """
     _known(config, _TOP, "")
-    model, task = _group(ModelSettings, config, "model"), _group(TaskSettings, config, "task")
-    if task.name not in TASKS:
-        raise UserError(unknown("task", task.name, TASKS))
-    _at_least(task.seed, 0, "task.seed")
+    model, task = _group(ModelSettings, config, "model"), task_settings(config["task"])
     for key in ("limit", "max_new_tokens", "batch_size"):
         if config[key] is not None or key == "batch_size":
             _at_least(config[key], 1, key)
@@ -152,7 +140,7 @@ def make_run(config: Mapping) -> Run:
         model = _resolved(model)
         checkpoint = find_checkpoint(model.pretrained, model.revision)
         shapes = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
-        n_visual = n_visual_tokens(shapes)
+        n_visual = n_visual_tokens(shapes, "video" if TASKS[task.name].video else "image")
         method, budget = _method(config["method"], config["budget"], n_visual, shapes.get_text_config())
     except (ValueError, OSError) as error:  # OSError: FileNotFoundError, PermissionError, ConnectionError
         raise UserError(one_line(error)) from error

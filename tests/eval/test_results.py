@@ -98,7 +98,7 @@ def written(run):
         "alias": "minivqa", "accuracy,none": 0.75, "accuracy_stderr,none": 0.1, "accuracy_count,none": 1.0,
         "accuracy_read,none": 0.5, "other,none": 3.0, "f1,none": 0.9,
     }  # fmt: skip
-    content = files(run, samples, aggregated, answers, [], "python -m eval.run")
+    content = files(run, samples, aggregated, answers, [], "python -m eval.run", {"metric": "accuracy"})
     assert set(content) == {"config.yaml", "metrics.json", "samples.jsonl", "env.json"}
     lines = [json.loads(line) for line in content["samples.jsonl"].splitlines()]
     return json.loads(content["metrics.json"]), lines, yaml.safe_load(content["config.yaml"])

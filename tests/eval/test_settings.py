@@ -120,7 +120,7 @@ class TestHash:
         assert settle(*self.BASE, other).config_hash() != settle(*self.BASE).config_hash()
 
     def test_without_a_limit_is_the_whole_task(self):
-        whole = TASKS["minivqa"].default_questions
+        whole = TASKS["minivqa"].size
         assert settle().config_hash() == settle(f"limit={whole}").config_hash() != settle("limit=8").config_hash()
 
     def test_weights_count_by_content_not_by_place(self, tmp_path):
