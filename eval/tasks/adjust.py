@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from eval.tasks.folders import datasets_cache
+
 _MMBENCH_LETTERS = "ABCD"
 
 
@@ -30,7 +32,9 @@ class GqaPictures:
         """Load the table of pictures; the questions stay as they are."""
         from datasets import load_dataset
 
-        self._table = load_dataset("lmms-lab-encoder/GQA", "testdev_balanced_images", split="testdev")
+        self._table = load_dataset(
+            "lmms-lab-encoder/GQA", "testdev_balanced_images", split="testdev", cache_dir=datasets_cache()
+        )
         self._rows = {name: i for i, name in enumerate(self._table["id"])}
         lost = sorted({name for name in questions["imageId"] if name not in self._rows})
         if lost:

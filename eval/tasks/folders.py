@@ -16,3 +16,8 @@ def cache_dir() -> Path:
 def hf_home() -> Path:
     """The hub's cache, where lmms-eval looks for videos: $HF_HOME, else ~/.cache/huggingface."""
     return Path(os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface"))
+
+
+def datasets_cache() -> str:
+    """Where lmms-eval has `datasets` keep what it prepared."""
+    return os.environ.get("HF_DATASETS_CACHE") or str(hf_home() / "datasets")

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """A hub cache with the benchmarks' exact schemas and a handful of made-up rows each, for lmms-eval's true task code.
 
     python -m tests.eval.benchmarks.hub_cache <folder>
@@ -104,7 +105,7 @@ def _pictures(home: Path) -> None:
         dict(
             question_id=f"{c}/{k}.png",
             image=picture(k),
-            question=f"Is it so? Please answer yes or no.",
+            question="Is it so? Please answer yes or no.",
             answer=a,
             category=c,
         )
@@ -134,6 +135,8 @@ def _pictures(home: Path) -> None:
     ]
     schema = dict(id=TEXT, question_id=TEXT, question=TEXT, answer=TEXT, image_source=TEXT, image=IMAGE, category=TEXT)
     write_dataset(home, f"{_ORG}/POPE", None, {"test": rows}, schema)
+    splits = {c: [r for r in rows if r["category"] == c] for c in ("adversarial", "popular", "random")}
+    write_dataset(home, f"{_ORG}/POPE", "Full", splits, schema)
 
     schema = dict(
         image_id=TEXT, question_id=NUMBER, question=TEXT, image=IMAGE, answers=Sequence(TEXT), image_classes=Sequence(TEXT),

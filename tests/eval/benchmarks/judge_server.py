@@ -1,4 +1,4 @@
-"""A stand-in for a language model that judges: an OpenAI-compatible endpoint on this machine, which compares strings."""
+"""A stand-in for a language model that judges: an OpenAI-compatible endpoint on this machine that compares strings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ def verdict(messages: list[dict]) -> str:
 
 
 class Endpoint:
-    """Attributes: url; requests: bodies that came; reply: messages -> text, None = never answer; status: HTTP status."""
+    """Attributes:
+    url: for task.judge_url.
+    requests: bodies that came.
+    reply: messages -> text; None = never answer.
+    status: of HTTP.
+    """
 
     def __init__(self) -> None:
         self.requests: list[dict] = []

@@ -1,0 +1,205 @@
+"""Every benchmark's true task code on made-up data: who knows the answers gets full marks, who does not gets none."""
+
+import hashlib
+from pathlib import Path
+
+import lmms_eval.tasks
+import pytest
+from lmms_eval.tasks import TaskManager, get_task_dict
+
+from eval.asking import generation_arguments
+from eval.tasks import TASKS
+from eval.tasks.generated import Generated
+from eval.tasks.loading import undisturbed
+from tests.eval.benchmarks.asked import evaluate, loaded, outcome
+from tests.eval.benchmarks.oracle import Answers, falsehood, truth
+
+BENCHMARKS = [name for name, task in TASKS.items() if not isinstance(task, Generated)]
+FULL = {"fraction": 1, "percent": 100, "points": 400}  # MME: the made-up data have two of its 14 categories
+
+
+def sometimes(task: str, doc: dict) -> str:
+    """Right or wrong, depending on the question alone; the seed leaves no benchmark all right or all wrong."""
+    keys = ("question_id", "index", "category", "question_field", "image_id", "video", "answer")
+    name = "-".join(str(v) for v in (2713, *map(doc.get, keys)))
+    return (truth, falsehood)[hashlib.sha256(name.encode()).digest()[0] % 2](task, doc)
+
+
+def silence(task: str, doc: dict) -> str:
+    return ""
+
+
+class Asked:
+    """All benchmarks, asked of one model in one go."""
+
+    def __init__(self, say, judge, folder) -> None:
+        self.model = Answers(say)
+        self.loaded = {name: loaded(name, judge_url=judge.url) for name in BENCHMARKS}
+        tasks = [task for one in self.loaded.values() for task in one.tasks]
+        evaluated = evaluate(tasks, next(iter(self.loaded.values())).manager, self.model, folder)
+        self.outcomes = {name: outcome(one, evaluated) for name, one in self.loaded.items()}
+
+
+@pytest.fixture(scope="session")
+def asked(hub, judge, tmp_path_factory):
+    """Model -> all benchmarks asked of it; each model once."""
+    known = {}
+
+    def get(say) -> Asked:
+        if say not in known:
+            known[say] = Asked(say, judge, tmp_path_factory.mktemp("submissions"))
+        return known[say]
+
+    return get
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+class TestMarks:
+    def test_full_for_the_truth(self, asked, name):
+        one = asked(truth).loaded[name]
+        samples, metrics = asked(truth).outcomes[name]
+        assert len(samples) == one.n > 0
+        headline = next(iter(metrics))
+        assert headline == one.about()["metric"] and metrics[headline] == FULL[one.about()["scale"]]
+
+    @pytest.mark.parametrize("say", [falsehood, silence])
+    def test_none_for_falsehoods_and_for_silence(self, asked, name, say):
+        _, metrics = asked(say).outcomes[name]
+        assert next(iter(metrics.values())) == 0
+        assert all(v == 0 for k, v in metrics.items() if k not in ("yes_ratio", "unclear_answers"))
+
+    def test_scores_of_samples_are_numbers_of_the_headlines_unit(self, asked, name):
+        samples, metrics = asked(sometimes).outcomes[name]
+        headline = next(iter(metrics))
+        scores = [s[headline] for s in samples if headline in s]
+        if scores:
+            assert sum(scores) / len(scores) == pytest.approx(metrics[headline])
+        else:
+            assert all(isinstance(s["correct"], float) for s in samples)
+        assert all(s["task"] in TASKS[name].lmms and s["key"][0] == s["task"] for s in samples)
+        assert len({s["doc_id"] for s in samples}) == len(samples)
+
+    def test_answers_are_greedy_and_have_an_end(self, asked, name):
+        one, model = asked(truth).loaded[name], asked(truth).model
+        for task in one.tasks:
+            given = [kwargs for (t, _), kwargs in model.arguments.items() if t == task.config.task]
+            assert given
+            for kwargs in given:
+                arguments, _ = generation_arguments(kwargs, 128)
+                assert arguments["do_sample"] is False and 16 <= arguments["max_new_tokens"] <= 1024
+
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+PROMPTS = {  # as LLaVA's and Video-LLaVA's evaluation files put the first question
+    "gqa": "Is the sky blue?" + SHORT,
+    "mmbench": "What is it?\nA. cat\nB. dog" + LETTER,
+    "mme": "Is it so?" + SHORT,
+    "pope": "Is there a dog?" + SHORT,
+    "scienceqa": "Context: Look at the picture.\nWhich is a mammal?\nA. cat\nB. rock" + LETTER,
+    "vqav2": "What animal is this?" + SHORT,
+    "textvqa": "What brand is this?\nReference OCR token: NOKIA, 3310" + SHORT,
+    "conbench": "N/Y?",
+    "seedbench": "How many?\nA. one\nB. two\nC. three\nD. four" + LETTER,
+    "mmvet": "What is x?",
+    "tgif": "what is moving?",
+    "msvd": "what is moving?",
+    "msrvtt": "what is moving?",
+    "activitynet": "Is the person running?",
+    "nextqa": "why did the man run\nA. late\nB. fun\nC. sport\nD. fear\nE. bus" + LETTER,
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts(asked, name):
+    assert asked(truth).model.prompts[TASKS[name].lmms[0], 0] == PROMPTS[name]
+
+
+def test_prompts_that_can_be_chosen(hub):
+    def first(name, **options):
+        (task,) = loaded(name, **options).tasks
+        return task.doc_to_text(task.eval_docs[0])
+
+    assert first("textvqa", ocr=False) == "What brand is this?" + SHORT
+    assert first("mmbench", prompt="lmms_eval") == "What is it? There are several options:\nA. cat\nB. dog\n" + LETTER
+    (mmbench,) = loaded("mmbench").tasks
+    assert mmbench.doc_to_text(mmbench.eval_docs[2]).startswith("A zoo.\nWhat is it?\nA. cat")
+
+
+@pytest.fixture(scope="module")
+def shipped(hub, tmp_path_factory):
+    """lmms-eval's tasks as they are."""
+    folders = ["pope", "mme", "mmbench", "seedbench", "conbench", "mvbench", "videomme"]
+    root = Path(lmms_eval.tasks.__file__).parent
+    manager = TaskManager(include_path=[str(root / f) for f in folders], include_defaults=False, model_name="x")
+    names = ["pope_adv", "pope_pop", "pope_random", "mme", "mmbench_en_dev_static", "ConBench", "videomme"]
+    with undisturbed():
+        tasks = get_task_dict([*names, *TASKS["mvbench"].lmms], manager, "simple")
+    model = Answers(sometimes)
+    return evaluate(list(tasks.values()), manager, model, tmp_path_factory.mktemp("shipped"))["results"]
+
+
+class TestOwnAggregation:
+    """Our aggregates are lmms-eval's own, where it has them, for a model that is sometimes right."""
+
+    def ours(self, asked, name):
+        return asked(sometimes).outcomes[name][1]
+
+    def test_pope(self, asked, shipped):
+        each = {s: 100 * shipped[f"pope_{s}"]["pope_f1_score,none"] for s in ("adv", "pop", "random")}
+        found = self.ours(asked, "pope")
+        assert 0 < found["pope_f1_mean"] < 100 and found["pope_f1_mean"] == pytest.approx(sum(each.values()) / 3)
+        assert found["pope_f1_adversarial"] == pytest.approx(each["adv"])
+
+    def test_mme(self, asked, shipped):
+        found = self.ours(asked, "mme")
+        for name in ("mme_perception_score", "mme_cognition_score"):
+            assert found[name] == pytest.approx(shipped["mme"][f"{name},none"])
+        assert 0 < found["mme_total"] < 400
+        assert found["mme_total"] == found["mme_perception_score"] + found["mme_cognition_score"]
+
+    @pytest.mark.parametrize(
+        ("name", "task", "metric"),
+        [
+            ("mmbench", "mmbench_en_dev_static", "gpt_eval_score"),
+            ("conbench", "ConBench", "ConScore_D"),
+            ("videomme", "videomme", "videomme_perception_score"),
+        ],
+    )
+    def test_groups(self, asked, shipped, name, task, metric):
+        found = next(iter(self.ours(asked, name).values()))
+        assert 0 < found < FULL[asked(sometimes).loaded[name].about()["scale"]]
+        assert found == pytest.approx(shipped[task][f"{metric},none"])
+
+    def test_mvbench(self, asked, shipped):
+        each = [shipped[name]["mvbench_accuracy,none"] for name in TASKS["mvbench"].lmms]
+        assert self.ours(asked, "mvbench")["mvbench_mean"] == pytest.approx(sum(each) / 20) == 50
+
+
+class TestLimits:
+    @pytest.mark.parametrize(
+        ("name", "limit", "n"),
+        [
+            ("gqa", 3, 3),
+            ("mme", 3, 2),
+            ("mme", 4, 4),
+            ("mmbench", 3, 2),
+            ("conbench", 5, 3),
+            ("pope", 7, 6),
+            ("mvbench", 25, 25),
+        ],
+    )
+    def test_never_cut_a_group(self, hub, name, limit, n):
+        one = loaded(name, limit)
+        assert one.n == n
+        rows = [task.config.task + str(doc) for task in one.tasks for doc in task.eval_docs_no_media]
+        everything = [task.config.task + str(doc) for task in loaded(name).tasks for doc in task.eval_docs_no_media]
+        assert set(rows) <= set(everything)
+
+    def test_pairs_of_mme_stay_together(self, hub):
+        (task,) = loaded("mme", 2).tasks
+        assert len(set(task.eval_docs["question_id"])) == 1 and set(task.eval_docs["answer"]) == {"Yes", "No"}
+
+    def test_splits_of_pope_are_asked_alike(self, hub):
+        (task,) = loaded("pope", 6).tasks
+        assert sorted(task.eval_docs["category"]) == sorted(["adversarial", "popular", "random"] * 2)
