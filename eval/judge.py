@@ -81,11 +81,12 @@ class Judge:
                 except (ValueError, KeyError, TypeError):
                     continue  # torn by a crash; asked again
 
-    def ask(self, messages: list[dict], read: Callable[[str], dict]) -> dict:
+    def ask(self, messages: list[dict], read: Callable[[str], dict], about: str) -> dict:
         """Ask, and read the reply.
 
         Args:
             read: reply -> scores; ValueError if it cannot be read.
+            about: the question and its answer, for an error.
 
         Returns:
             The scores, `judge_reply` and `judge_version`.
@@ -96,11 +97,11 @@ class Judge:
         request = hashlib.sha256(json.dumps([self.url, self.model, messages]).encode()).hexdigest()
         row = self._replies.get(request)
         if row is None:
-            row = {"request": request, **self._readable(messages, read)}
+            row = {"request": request, **self._readable(messages, read, about)}
             self._keep(row)
         return {**read(row["reply"]), "judge_reply": row["reply"], "judge_version": row["version"]}
 
-    def _readable(self, messages: list[dict], read: Callable[[str], dict]) -> dict:
+    def _readable(self, messages: list[dict], read: Callable[[str], dict], about: str) -> dict:
         reply = ""
         for temperature in _TEMPERATURES:
             if self._broken:
@@ -118,10 +119,7 @@ class Judge:
             except ValueError:
                 continue
             return {"reply": reply, "version": version}
-        question = one_line(ValueError(messages[-1]["content"][-300:]))
-        raise JudgeError(
-            f"the judge {self.model} replied {reply!r:.200}, which is no score; it was asked: ...{question}"
-        )
+        raise JudgeError(f"the judge {self.model} replied {reply!r:.200}, which is no score, about {about}")
 
     def _request(self, messages, temperature: float, timeout: float, retries: int) -> tuple[str, str]:
         from openai import OpenAI
@@ -208,7 +206,7 @@ def video_qa(judge: Judge, question: str, answer: str, prediction: str) -> dict:
         "dictionary string. For example, your response should look like this: {'pred': 'yes', 'score': 4.8}."
     )
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    return judge.ask(messages, read_video_qa)
+    return judge.ask(messages, read_video_qa, f"{question!r}, answered with {prediction!r:.200}")
 
 
 def read_video_qa(reply: str) -> dict:
@@ -232,7 +230,9 @@ def mmvet(judge: Judge, question: str, answer: str, prediction: str) -> dict:
     """MM-Vet's judgement: `gpt_eval_score` from 0 to 1."""
     marked = answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     prompt = f"{_mmvet_examples()}\n{question} | {marked} | {prediction} |"
-    return judge.ask([{"role": "user", "content": prompt}], read_mmvet)
+    return judge.ask(
+        [{"role": "user", "content": prompt}], read_mmvet, f"{question!r}, answered with {prediction!r:.200}"
+    )
 
 
 def read_mmvet(reply: str) -> dict:

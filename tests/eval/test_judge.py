@@ -1,0 +1,163 @@
+"""A judge that cannot be reached, or cannot be read, never becomes a score."""
+
+import json
+import time
+
+import pytest
+
+from eval import judge as module
+from eval.errors import UserError
+from eval.judge import Judge, JudgeError, exact_match, mmvet, read_mmvet, read_video_qa, video_qa
+from tests.eval.benchmarks.judge_server import VERSION, endpoint, verdict
+
+
+@pytest.fixture
+def served(monkeypatch):
+    monkeypatch.setattr(module, "CHECK_SECONDS", 1)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with endpoint() as made:
+        yield made
+
+
+def ask(judge: Judge, prediction: str = "dot") -> dict:
+    return video_qa(judge, "what moves?", "dot", prediction)
+
+
+class TestScores:
+    def test_questions_about_videos(self, served):
+        judge = Judge("m", served.url)
+        assert {k: v for k, v in ask(judge).items() if k.startswith("gpt")} == {"gpt_accuracy": 1.0, "gpt_score": 4.0}
+        assert ask(judge, "cat")["gpt_accuracy"] == 0.0 == ask(judge, "")["gpt_score"]
+        assert judge.versions == {VERSION}
+        asked = served.requests[0]
+        assert asked["model"] == "m" and asked["temperature"] == 0 and asked["path"] == "/v1/chat/completions"
+        assert asked["key"] == "Bearer secret"
+
+    def test_the_prompt_is_lmms_evals_own(self, served, monkeypatch):
+        """Video-ChatGPT's, word for word."""
+        monkeypatch.setenv("HF_HOME", "/nowhere")
+        from lmms_eval.tasks.activitynetqa import utils
+
+        sent = {}
+
+        def post(url, headers, json, timeout):
+            sent.update(json)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(utils.requests, "post", post)
+        with pytest.raises(KeyboardInterrupt):
+            utils.get_eval("what moves?", "dot", "cat", 64)
+        ask(Judge("m", served.url), "cat")
+        assert served.requests[0]["messages"] == sent["messages"]
+
+    def test_mmvet(self, served):
+        judge = Judge("m", served.url)
+        assert mmvet(judge, "x?", "-1<AND>-5", "-1 and -5")["gpt_eval_score"] == 1
+        assert mmvet(judge, "x?", "-1<AND>-5", "-1")["gpt_eval_score"] == 0
+        assert "-1 <AND> -5 | -1 |" in served.requests[-1]["messages"][0]["content"]
+
+    @pytest.mark.parametrize(
+        ("reply", "expected"),
+        [
+            ("{'pred': 'yes', 'score': 4.8}", (1.0, 4.0)),
+            ("Sure!\n```python\n{'pred': 'No', 'score': 0}\n```", (0.0, 0.0)),
+            ('{"pred": "yes", "score": "5"}', (1.0, 5.0)),
+        ],
+    )
+    def test_readable_replies(self, reply, expected):
+        assert tuple(read_video_qa(reply).values()) == expected
+
+    @pytest.mark.parametrize(
+        "reply", ["", "yes", "{'pred': 'maybe', 'score': 3}", "{'score': 3}", "{'pred': 'yes', 'score': 9}"]
+    )
+    def test_unreadable_replies(self, reply):
+        with pytest.raises(ValueError):
+            read_video_qa(reply)
+
+    def test_mmvet_replies(self):
+        assert read_mmvet("0.5 because") == {"gpt_eval_score": 0.5}
+        for reply in ("", "good", "7"):
+            with pytest.raises(ValueError):
+                read_mmvet(reply)
+
+
+class TestFailures:
+    def test_an_endpoint_that_is_not_there(self):
+        with pytest.raises(
+            UserError, match="does not answer .*check task.judge_url, .* or give task.judge=exact_match"
+        ):
+            Judge("m", "http://127.0.0.1:9/v1").check()
+
+    def test_an_endpoint_that_hangs(self, served):
+        served.reply = None
+        started = time.monotonic()
+        with pytest.raises(UserError, match="does not answer .APITimeoutError"):
+            Judge("m", served.url).check()
+        assert time.monotonic() - started < 20
+
+    def test_an_endpoint_that_refuses(self, served):
+        served.status = 401
+        with pytest.raises(UserError, match="does not answer .AuthenticationError"):
+            Judge("m", served.url).check()
+        served.status = 200
+        Judge("m", served.url).check()
+
+    def test_one_that_stops_answering_ends_the_run_at_once(self, served):
+        judge = Judge("m", served.url)
+        ask(judge)
+        served.status = 400
+        with pytest.raises(JudgeError, match="stopped answering .*nothing was scored in its place"):
+            ask(judge, "cat")
+        count = len(served.requests)
+        with pytest.raises(JudgeError, match="stopped answering"):
+            ask(judge, "dog")
+        assert len(served.requests) == count  # it is not asked for each of thousands of questions
+
+    def test_an_unreadable_reply_is_asked_for_again_and_then_ends_the_run(self, served):
+        served.reply = lambda messages: "Well..." if len(served.requests) < 3 else verdict(messages)
+        assert ask(Judge("m", served.url))["gpt_accuracy"] == 1
+        assert [r["temperature"] for r in served.requests] == [0, 0.5, 1]
+        served.reply = lambda messages: "Well..."
+        with pytest.raises(
+            JudgeError, match="replied 'Well...', which is no score, about 'what moves.', answered with 'cat'"
+        ):
+            ask(Judge("m", served.url), "cat")
+
+
+def test_replies_are_kept_and_asked_once(served, tmp_path):
+    file = tmp_path / "judge.jsonl"
+    first = Judge("m", served.url)
+    first.keep_in(file)
+    one, two = ask(first), ask(first, "cat")
+    file.write_text(file.read_text() + '{"request": "torn')
+    again = Judge("m", served.url)
+    again.keep_in(file)
+    count = len(served.requests)
+    assert (ask(again), ask(again, "cat")) == (one, two) and len(served.requests) == count
+    assert again.versions == {VERSION}
+    ask(again, "dog")
+    assert len(served.requests) == count + 1
+    rows = [line for line in file.read_text().splitlines()]
+    assert json.loads(rows[-1])["version"] == VERSION and "secret" not in file.read_text()
+    other = Judge("another", served.url)
+    other.keep_in(file)
+    ask(other)
+    assert len(served.requests) == count + 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "prediction", "score"),
+    [
+        ("dot", "A dot.", 1),
+        ("dot", "a red dot", 0),
+        ("dot", "", 0),
+        ("-1<AND>-5", "x = -1 or x = -5", 1),
+        ("-1<AND>-5", "x = -1", 0),
+        ("red<OR>crimson", "Crimson", 1),
+        ("red<OR>crimson", "red crimson", 0),
+        ("3.5", "3.5", 1),
+        ("3.5", "35", 0),
+    ],
+)
+def test_exact_match(answer, prediction, score):
+    assert exact_match(answer, prediction) == score
