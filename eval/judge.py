@@ -52,6 +52,7 @@ class Judge:
     def __post_init__(self) -> None:
         self._replies: dict[str, dict] = {}
         self._file: Path | None = None
+        self._written: set[str] = set()
         self._lock = threading.Lock()
         self._broken: str | None = None
 
@@ -70,16 +71,18 @@ class Judge:
             ) from error
 
     def keep_in(self, file: Path) -> None:
-        """Look replies up in this file of JSON lines, and append new ones, so that a killed run asks none twice."""
-        self._file = file
-        if file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    self._replies[row["request"]] = row
-                    self.versions.add(row["version"])
-                except (ValueError, KeyError, TypeError):
-                    continue  # torn by a crash; asked again
+        """Look replies up in this file of JSON lines, and write there all that are used from now on: a killed run asks
+        nothing twice, and each run has its own."""
+        self._file, self._written = file, set()
+        self.versions.clear()
+        content = file.read_bytes() if file.is_file() else b""
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # torn by a crash
+            os.truncate(file, whole)
+        for line in content[:whole].splitlines():
+            row = json.loads(line)
+            self._replies[row["request"]] = row
+            self._written.add(row["request"])
 
     def ask(self, messages: list[dict], read: Callable[[str], dict], about: str) -> dict:
         """Ask, and read the reply.
@@ -98,7 +101,7 @@ class Judge:
         row = self._replies.get(request)
         if row is None:
             row = {"request": request, **self._readable(messages, read, about)}
-            self._keep(row)
+        self._keep(row)
         return {**read(row["reply"]), "judge_reply": row["reply"], "judge_version": row["version"]}
 
     def _readable(self, messages: list[dict], read: Callable[[str], dict], about: str) -> dict:
@@ -137,11 +140,13 @@ class Judge:
         with self._lock:
             self._replies[row["request"]] = row
             self.versions.add(row["version"])
-            if self._file is not None:
-                with self._file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+            if self._file is None or row["request"] in self._written:
+                return
+            self._written.add(row["request"])
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def judge_of(options: Mapping) -> Judge | None:

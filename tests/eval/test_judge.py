@@ -137,8 +137,13 @@ def test_replies_are_kept_and_asked_once(served, tmp_path):
     assert again.versions == {VERSION}
     ask(again, "dog")
     assert len(served.requests) == count + 1
-    rows = [line for line in file.read_text().splitlines()]
-    assert json.loads(rows[-1])["version"] == VERSION and "secret" not in file.read_text()
+    assert json.loads(file.read_text().splitlines()[-1])["version"] == VERSION and "secret" not in file.read_text()
+    ask(again)
+    again.keep_in(tmp_path / "next.jsonl")  # the next run of the same process has its own file, with all it used
+    assert again.versions == set()
+    ask(again)
+    assert len((tmp_path / "next.jsonl").read_text().splitlines()) == len(again.versions) == 1
+    assert len(served.requests) == count + 1
     other = Judge("another", served.url)
     other.keep_in(file)
     ask(other)
