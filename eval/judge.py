@@ -84,6 +84,13 @@ class Judge:
             self._replies[row["request"]] = row
             self._written.add(row["request"])
 
+    def put_in_order(self) -> None:
+        """Sort the file, whose lines came as several questions at once were answered."""
+        if self._file is not None and self._file.is_file():
+            draft = self._file.with_suffix(".draft")
+            draft.write_text("".join(sorted(self._file.read_text(encoding="utf-8").splitlines(True))), encoding="utf-8")
+            os.replace(draft, self._file)
+
     def ask(self, messages: list[dict], read: Callable[[str], dict], about: str) -> dict:
         """Ask, and read the reply.
 

@@ -68,6 +68,8 @@ class Loaded:
 
         The headline comes first.
         """
+        if self.judge is not None:
+            self.judge.put_in_order()
         own = self.task.score(samples)
         if len(self.tasks) == 1:
             given = evaluated["results"][self.tasks[0].config.task]
