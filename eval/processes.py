@@ -1,6 +1,9 @@
-"""Several processes on one run: started by `accelerate launch` (or torchrun), one GPU or some cores each.
+"""Several processes on one run: started by `accelerate-launch` (or torchrun), one GPU or some cores each.
 
-    accelerate launch --num_processes 4 -m eval.run model=llava_1_5_7b method=sparsevlm budget=192 task=gqa
+    accelerate-launch --multi_gpu --num_processes 4 -m eval.run model=llava_1_5_7b method=sparsevlm task=gqa budget=192
+
+`accelerate launch` is the same, but cannot start beside a CPU-only torch with PyPI's torchvision. Without GPUs the
+option is the same too: with `--cpu`, accelerate quietly starts one process.
 
 Each process asks its share of the batches and writes its own ledger; the first one scores and writes the results. The
 launcher ends all processes when one of them dies.
@@ -24,6 +27,11 @@ class ProcessGone(RuntimeError):
     """Another process of the run ended before it had done its part."""
 
 
+def is_first() -> bool:
+    """Whether this process is the one that scores, writes and speaks."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 class Processes:
     """The processes that work on the runs of one command.
 
@@ -39,7 +47,7 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that scores, writes and speaks."""
+        """See :func:`is_first`."""
         return self.number == 0
 
     def gather(self, mine) -> list:

@@ -3,7 +3,7 @@
     python -m eval.run model=mini method=sparsevlm budget=192 task=minivqa limit=64 results_dir=results
     python -m eval.run -m method=none,random,sparsevlm budget=192,128,64 task=minivqa
     python -m eval.run experiment=reproduce
-    accelerate launch --num_processes 4 -m eval.run ...                             several GPUs on each run
+    accelerate-launch --multi_gpu --num_processes 4 -m eval.run ...                 several GPUs on each run
     python -m eval.run -m hydra/launcher=joblib hydra.launcher.n_jobs=2 ...         jobs side by side on this machine
     python -m eval.run -m hydra/launcher=slurm hydra.launcher.partition=gpu ...     each job to Slurm
 
@@ -43,6 +43,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eval.errors import UserError, one_line, report, unknown, worst
+from eval.processes import is_first
 from eval.series import run_series, time_runs
 from eval.settings import Run, make_run
 
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             several = HydraConfig.get().mode == RunMode.MULTIRUN
             which = " ".join(HydraConfig.get().overrides.task) + ": " if several else ""
-            statuses.append(report(error, which))
+            statuses.append(report(error, which, shown=is_first()))
             if launched:
                 _write_status(statuses[-1])
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if here:
                 statuses.append(_do(here, command))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            return report(UserError(_explain(error, arguments)))
+            return report(UserError(_explain(error, arguments)), shown=is_first())
         except KeyboardInterrupt:
             return 130
         except Exception as error:  # a launcher lost a job
@@ -101,7 +102,8 @@ def _asked_for(config: dict) -> tuple[list[Run], dict | None]:
 def _do(jobs: Sequence[tuple[list[Run], dict | None]], command: str) -> int:
     """Do the runs of all jobs, and then what is to be timed if nothing failed."""
     status = run_series([run for runs, _ in jobs for run in runs], command)
-    timed = [time_runs(runs, **latency) for runs, latency in jobs if latency and status == 0]
+    to_time = [(runs, latency) for runs, latency in jobs if latency and status == 0 and is_first()]
+    timed = [time_runs(runs, **latency) for runs, latency in to_time]
     return worst([status, *timed])
 
 
@@ -178,7 +180,7 @@ def _listed(entries: Sequence[dict]) -> list[Run]:
 
 def _one(config: dict) -> Run:
     run = make_run(config)
-    if config["budget"] not in (None, run.budget):
+    if config["budget"] not in (None, run.budget) and is_first():
         print(f"method={run.method.name} drops nothing: budget={config['budget']} counts as {run.budget}", flush=True)
     return run
 

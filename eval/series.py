@@ -78,9 +78,11 @@ class _Series:
             execute(jobs, self.command, bar, self.processes)
         except KeyboardInterrupt:
             bar.close()
-            kept = sum(folder.answers_kept() for _, folder in company)
-            if self.processes.first:
-                print(f"interrupted: {_kept(kept)}", file=sys.stderr, flush=True)
+            kept = _kept(sum(folder.answers_kept() for _, folder in company))
+            who, count = "", self.processes.count
+            if count > 1:
+                who = f"process {self.processes.number} of {count} was stopped, as all are when one of them ends; "
+            print(f"interrupted: {who}{kept}", file=sys.stderr, flush=True)
             raise
         except ProcessGone:
             bar.close()
