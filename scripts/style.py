@@ -8,6 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 COLUMN_INCHES = 3.4
+PAGE_INCHES = 7.0
 RC = {
     "figure.dpi": 150,
     "savefig.dpi": 300,
@@ -34,24 +35,43 @@ UNPRUNED = {"color": "#333333", "label": "unpruned"}
 _COLOURS = ["#0072B2", "#D55E00", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#000000"]
 _MARKERS = ["o", "X", "s", "^", "D", "v", "P"]
 _LINES = ["-", ":", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2))]
-# A method keeps its look in every figure, whichever others are drawn beside it.
-_ORDER = ["sparsevlm", "random", "sparsevlm (raters=all)", "fastv", "pyramiddrop", "visionzip", "tome"]
+# A method keeps its look in every figure, unless another one of the figure has taken it.
+_LOOKS = {
+    "sparsevlm": 0, "random": 1, "sparsevlm (raters=all)": 2, "sparsevlm_plus": 3, "sparsevlm_rank": 4, "fastv": 3,
+    "pyramiddrop": 4, "dart": 0, "ficoco_l": 5, "random_layer": 2, "visionzip": 5, "aim": 0, "divprune": 2,
+    "fastervlm": 3, "vispruner": 4, "cdpruner": 6, "tome": 6, "folder": 0, "ficoco_v": 2, "downsample": 3,
+}  # fmt: skip
+MOST_LINES = len(_COLOURS)  # in one panel
 
 
 def looks(labels: list[str]) -> dict[str, dict]:
     """Keyword arguments of `Axes.errorbar` per line, the same for a label in every figure that knows it.
 
-    Labels beyond the known ones take the looks that are left, in the order given, and then start over.
+    Known labels come first; those beyond them, and those whose look is taken, get the looks that are left, in the order
+    given, and then start over.
     """
-    known = [label for label in _ORDER if label in labels]
-    free = [i for i, label in enumerate(_ORDER) if label not in known] or list(range(len(_ORDER)))
-    index = {label: _ORDER.index(label) for label in known}
+    index: dict[str, int] = {}
+    for label in labels:
+        if label in _LOOKS and _LOOKS[label] not in index.values():
+            index[label] = _LOOKS[label]
+    free = [i for i in range(MOST_LINES) if i not in index.values()] or list(range(MOST_LINES))
     for i, label in enumerate(label for label in labels if label not in index):
         index[label] = free[i % len(free)]
     return {
         label: {"color": _COLOURS[i], "marker": _MARKERS[i], "linestyle": _LINES[i], "label": label}
         for label, i in index.items()
     }
+
+
+def legend_columns(labels: list[str]) -> dict:
+    """Keyword arguments of a legend at column width: one column if a label is long."""
+    return {"ncols": 1 if max(map(len, labels), default=0) > 24 else 2, "handlelength": 3.5, "columnspacing": 1.5}
+
+
+def legend_inches(labels: list[str]) -> float:
+    """Height of a legend with these labels and the unpruned model's."""
+    columns = legend_columns(labels)["ncols"]
+    return 0.25 + 0.15 * -(-(len(labels) + 1) // columns)
 
 
 def styled():

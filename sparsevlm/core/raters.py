@@ -43,17 +43,35 @@ def select_raters(
     if rule == "last":
         position = torch.arange(text.shape[1], device=text.device)
         return valid & (position == torch.where(valid, position, -1).amax(1, keepdim=True))
+    weights = relevance(visual, text, visual_valid, text_valid, centred=rule == "centred")
+    chosen = weights > _mean(weights.unsqueeze(-1), text_valid)
+    chosen = chosen if text_valid is None else chosen & text_valid
+    return torch.where(chosen.any(1, keepdim=True), chosen, valid)
+
+
+def relevance(
+    visual: Tensor,
+    text: Tensor,
+    visual_valid: Tensor | None = None,
+    text_valid: Tensor | None = None,
+    centred: bool = False,
+) -> Tensor:
+    """r of eq. 5: mean over visual tokens of softmax over text of H_v H_q^T; `centred`: H_v less its mean.
+
+    Args:
+        visual, text, visual_valid, text_valid: as in `select_raters`.
+
+    Returns:
+        [B, T] float32 (float64 for such inputs), each row sums to one over its valid tokens.
+    """
     dtype = torch.promote_types(visual.dtype, torch.float32)
     visual, text = visual.to(dtype), text.to(dtype)
-    if rule == "centred":
+    if centred:
         visual = visual - _mean(visual, visual_valid).unsqueeze(1)
     similarity = visual @ text.transpose(1, 2)
     if text_valid is not None:
         similarity = similarity.masked_fill(~text_valid[:, None], torch.finfo(dtype).min)
-    relevance = _mean(similarity.softmax(-1), visual_valid)  # [B, T]
-    chosen = relevance > _mean(relevance.unsqueeze(-1), text_valid)
-    chosen = chosen if text_valid is None else chosen & text_valid
-    return torch.where(chosen.any(1, keepdim=True), chosen, valid)
+    return _mean(similarity.softmax(-1), visual_valid)
 
 
 def _mean(x: Tensor, valid: Tensor | None) -> Tensor:

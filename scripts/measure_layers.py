@@ -1,0 +1,147 @@
+"""Per layer: the rank of the raters' attention, and how many visual tokens are left; kept as a run folder.
+
+    python scripts/measure_layers.py --results results
+
+On questions of `minivqa` with the model `mini`. The rank (what the paper's adaptive rule asks for) is taken at every
+layer of the unpruned model, once with the paper's raters and once with all text tokens. Writes
+`<results>/runs/layers__mini__<hash>/`; the same command again finds it and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+if not __package__:  # started as a file: this folder must go anyway, a `profile` in it hides Python's own
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import sparsevlm  # isort: skip  - before transformers: it makes torchvision importable beside a CPU-only torch
+
+import torch
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from eval import environment
+from eval.errors import UserError, one_line
+from eval.results import RunFolder
+from eval.settings import fingerprint
+from eval.tasks.minivqa.dataset import rows as questions
+from scripts.runs import LAYERS, SCHEMA
+from scripts.summary import label
+from sparsevlm.methods.sparsevlm_rank import SparseVLMRank
+from sparsevlm.models.checkpoint import find_checkpoint
+
+RATERS = ("paper", "all")
+SETTINGS = (
+    ("sparsevlm", 192, {}), ("sparsevlm", 64, {}), ("fastv", 64, {}), ("pyramiddrop", 192, {}),
+    ("sparsevlm_rank", None, {"rule": "v1.0"}), ("sparsevlm_rank", None, {"rule": "paper"}),
+)  # fmt: skip
+
+
+@dataclass
+class Ranks(SparseVLMRank):
+    """Takes the rank where it is told to and drops nothing."""
+
+    lam: float = 0.0
+    seen: list[tuple[int, int, int]] = field(default_factory=list)  # layer, rank, raters
+
+    def keep_counts(self, stage) -> list[int]:
+        raters = int((stage.prefill.weights[0] > 0).sum())
+        self.seen.append((stage.layer, self._ranks[0], raters))
+        return super().keep_counts(stage)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and write; one line on stderr and exit status 2 for what cannot be."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
+    parser.add_argument("--questions", type=int, default=32, help="the first of minivqa")
+    args = parser.parse_args(argv)
+    command = shlex.join(["python", "scripts/measure_layers.py", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        print(measure_once(args.results, args.questions, command))
+    except (UserError, ValueError, OSError) as error:
+        print(f"measure_layers: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def measure_once(results: Path, n: int, command: str) -> str:
+    """Measure unless that was done, and return the folder.
+
+    Raises:
+        UserError, OSError: the folder cannot be written.
+    """
+    config = {"model": {"name": "mini", "pretrained": "mini", "weights": fingerprint(find_checkpoint("mini"))}}
+    config |= {"questions": n, "raters": list(RATERS), "settings": [list(s) for s in SETTINGS]}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+    folder = RunFolder(results, f"{LAYERS}__mini__{digest}")
+    if folder.finished:
+        return f"already there: {folder.path}"
+    folder.open()
+    samples = measure(n)
+    about = {"versions": environment.versions(), "hardware": environment.hardware(), "git": environment.git()}
+    about["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    metrics = {"schema": SCHEMA, "task": LAYERS, "model": "mini", "config_hash": digest, "n": n}
+    folder.publish({
+        "config.yaml": yaml.safe_dump(config, sort_keys=False),
+        "samples.jsonl": "".join(json.dumps(row) + "\n" for row in samples),
+        "env.json": json.dumps({"command": command, **about, "packages": environment.packages()}, indent=2) + "\n",
+        "metrics.json": json.dumps({**metrics, "rows": summarise_rows(samples), **about}, indent=2) + "\n",
+    })  # fmt: skip
+    return str(folder.path)
+
+
+def measure(n: int) -> list[dict]:
+    """One row per question, curve and layer: `what` ("rank", "raters" or "tokens"), `setting`, `layer`, `value`."""
+    model, processor = sparsevlm.load("mini", dtype="float32")
+    n_layers = model.config.get_text_config().num_hidden_layers
+    rows = []
+    for i, sample in enumerate(tqdm(questions(seed=0, n=n), total=n, desc="questions", disable=None)):
+        inputs = processor(text=sample["question"], images=Image.open(io.BytesIO(sample["image"]["bytes"])))
+        for raters in RATERS:
+            method = Ranks(raters=raters, layers=range(n_layers - 1))  # none acts on the last one
+            _prefill(model, inputs, method)
+            for layer, rank, count in method.seen:
+                rows.append({"question": i, "what": "rank", "setting": raters, "layer": layer, "value": rank})
+                rows.append({"question": i, "what": "raters", "setting": raters, "layer": layer, "value": count})
+        for name, budget, options in SETTINGS:
+            method = sparsevlm.build(name, budget=budget, **options)
+            record = _prefill(model, inputs, method)
+            chosen = {k: v for k, v in asdict(method).items() if k != "budget"}
+            setting = label(name, chosen) + ("" if budget is None else f", {budget}")
+            after = {stage.layer: stage.tokens_out[0] for stage in record.stages}
+            left = after.get(-1, record.n_visual[0])
+            for layer in range(n_layers):
+                left = after.get(layer, left)
+                rows.append({"question": i, "what": "tokens", "setting": setting, "layer": layer, "value": left})
+    return rows
+
+
+def _prefill(model, inputs, method):
+    with torch.no_grad(), method(model) as trace:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    return trace.prefills[0]
+
+
+def summarise_rows(samples: list[dict]) -> list[dict]:
+    """Mean, smallest and largest over the questions."""
+    curves: dict[tuple, list[float]] = {}
+    for row in samples:
+        curves.setdefault((row["what"], row["setting"], row["layer"]), []).append(row["value"])
+    return [
+        {"what": what, "setting": setting, "layer": layer, "mean": sum(found) / len(found), "smallest": min(found),
+         "largest": max(found)}
+        for (what, setting, layer), found in curves.items()
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
