@@ -28,7 +28,8 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export MPLBACKEND := Agg
 
-.PHONY: help setup reproduce test test-all lint flops latency tables figures notebooks sweep retrain clean
+.PHONY: help setup reproduce test test-all lint flops latency tables figures report paper notebooks sweep retrain \
+	browser clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,11 +51,19 @@ reproduce: setup ## run SparseVLM and baselines on the embedded model, then make
 	@$(RUN) -m eval.run experiment=reproduce results_dir=$(results) $(args)
 	@$(MAKE) --no-print-directory tables figures args=
 
-test: setup ## the fast tests
-	@$(RUN) -m pytest -q -m "not slow and not gpu" $(args)
+test: setup browser ## the fast tests
+	@$(RUN) -m pytest -q -rx -m "not slow and not gpu" $(args)
 
-test-all: setup ## all tests; those for a GPU are skipped where there is none
-	@$(RUN) -m pytest -q $(args)
+test-all: setup browser ## all tests; those for a GPU are skipped where there is none
+	@$(RUN) -m pytest -q -rx $(args)
+
+# For the test that opens the report. Where it cannot be installed, that test says that it did not check.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+		command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && echo "Installing Chromium, for a test" && \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+		echo "no Chromium, and none could be installed: the report's test in a browser will not check" >&2
 
 lint: setup ## check style
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
@@ -82,6 +91,10 @@ tables: setup ## make the tables of the runs
 
 figures: setup ## draw the figures of the runs
 	@for script in scripts/plot_*.py; do $(RUN) $$script --results $(results) $(args); done
+
+report: paper
+paper: setup ## all tables, all figures and results/report.html, of the runs or else of results/reference
+	@$(RUN) scripts/make_paper.py --results $(results) $(args)
 
 notebooks: setup ## run the notebooks and see that they pass
 	@$(VENV)/bin/jupyter-execute notebooks/*.ipynb
