@@ -40,7 +40,7 @@ class Asked:
         self.outcomes = {name: outcome(one, evaluated) for name, one in self.loaded.items()}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def asked(hub, judge, tmp_path_factory):
     """Model -> all benchmarks asked of it; each model once."""
     known = {}

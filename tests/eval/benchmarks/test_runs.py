@@ -1,0 +1,211 @@
+"""The papers' commands, from the command line to the run folder, on tiny checkpoints laid out as the hub's."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from eval import evaluate
+from eval import judge as judging
+from eval.run import main
+from tests import hub_layout
+from tests.eval.benchmarks import hub_cache
+from tests.eval.benchmarks.judge_server import VERSION
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "llava_1_5_7b": hub_layout.save_llava_7b(folder / "image", layers=3),
+        "video_llava_7b": hub_layout.save_video_llava(folder / "video"),
+    }
+
+
+@pytest.fixture(autouse=True)
+def workplace(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("SPARSEVLM_JUDGE", "SPARSEVLM_JUDGE_URL", "SPARSEVLM_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+    evaluate._questions.cache_clear()
+
+
+@pytest.fixture
+def run(checkpoints):
+    def run(task: str, *arguments: str, model: str = "llava_1_5_7b") -> int:
+        common = [f"model={model}", f"model.pretrained={checkpoints[model]}", "max_new_tokens=2", "model.dtype=float32"]
+        return main([f"task={task}", *common, *arguments])
+
+    return run
+
+
+def metrics() -> dict:
+    (folder,) = [f for f in Path("results/runs").iterdir() if not f.name.startswith(".")]
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def one_line(capfd) -> str:
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+VIDEO = {"model": "video_llava_7b"}
+
+
+class TestWholeRuns:
+    def test_a_benchmark_of_pictures_says_what_it_is(self, run):
+        assert run("pope", "method=sparsevlm", "budget=64", "experiment=llava_1_5_7b_paper", "limit=4") == 0
+        found = metrics()
+        assert found["task"] == "pope" and found["n"] == 3 and found["tokens"]["visual"] == 576
+        assert next(iter(found["metrics"])) == found["benchmark"]["metric"] == "pope_f1_mean"
+        assert found["benchmark"]["scale"] == "percent" and found["benchmark"]["computed_by"] == "this project"
+        assert found["benchmark"]["data"][0]["path"] == "lmms-lab-encoder/POPE" and found["benchmark"]["judge"] is None
+
+    @pytest.mark.slow
+    def test_several_tasks_of_lmms_eval_in_one_run(self, run):
+        assert run("mvbench", "limit=20", **VIDEO) == 0
+        found = metrics()
+        assert found["n"] == 20 and found["metrics"]["mvbench_mean"]["value"] <= 100
+        assert (
+            len(found["benchmark"]["lmms_tasks"])
+            == 20
+            == sum(name.startswith("mvbench_") for name in found["metrics"]) - 1
+        )
+
+    def test_videos_and_a_judge(self, run, judge):
+        options = ["task.judge=stand-in", f"task.judge_url={judge.url}", "task.judge_timeout=5"]
+        assert run("msvd", "method=sparsevlm", "budget=194", "experiment=video_llava_7b_paper", *options, **VIDEO) == 0
+        found = metrics()
+        assert found["tokens"]["visual"] == 8 * 257 and found["tokens"]["leaving"] == pytest.approx(194, abs=0.5)
+        assert found["benchmark"]["judge"] == {"model": "stand-in", "url": judge.url, "versions": [VERSION]}
+        assert next(iter(found["metrics"])) == "gpt_accuracy" and found["metrics"]["gpt_accuracy"]["value"] == 0
+        (folder,) = Path("results/runs").iterdir()
+        replies = [json.loads(line) for line in (folder / "judge.jsonl").read_text().splitlines()]
+        assert len(replies) == 2 and "'pred': 'no'" in replies[0]["reply"]
+
+    @pytest.mark.slow
+    def test_without_a_judge_the_score_has_another_name(self, run):
+        assert run("tgif", "task.judge=exact_match", **VIDEO) == 0
+        found = metrics()
+        assert list(found["metrics"]) == ["exact_match"] and found["benchmark"]["metric"] == "exact_match"
+        assert (
+            found["benchmark"]["judge"]["model"] == "exact_match"
+            and "no published number" in found["benchmark"]["judge"]["note"]
+        )
+
+
+class TestRefusals:
+    """Everything that is missing is told on one line before a model is loaded."""
+
+    @pytest.fixture(autouse=True)
+    def no_model(self, monkeypatch):
+        monkeypatch.setattr(evaluate, "_load", lambda *_: pytest.fail("the model was loaded"))
+
+    def test_no_judge_named(self, run, capfd):
+        assert run("mmvet") == 2
+        assert "task.judge=exact_match" in one_line(capfd)
+
+    def test_a_judge_that_cannot_be_reached(self, run, capfd):
+        assert run("mmvet", "task.judge=x", "task.judge_url=http://127.0.0.1:9/v1") == 2
+        assert "the judge x at http://127.0.0.1:9/v1 does not answer (APIConnectionError" in one_line(capfd)
+
+    def test_a_judge_that_hangs(self, run, judge, capfd, monkeypatch):
+        monkeypatch.setattr(judging, "CHECK_SECONDS", 0.5)
+        monkeypatch.setattr(judge, "reply", None)
+        assert run("mmvet", "task.judge=x", f"task.judge_url={judge.url}") == 2
+        assert "does not answer (APITimeoutError" in one_line(capfd)
+
+    def test_data_that_are_not_there(self, run, own_hub, capfd):
+        shutil.rmtree(own_hub / "datasets" / "lmms-lab-encoder___gqa")
+        assert run("gqa") == 2
+        assert (
+            "cannot load the task gqa: ConnectionError: Couldn't" in (line := one_line(capfd))
+            and "HF_HUB_OFFLINE" in line
+        )
+
+    def test_a_folder_of_videos_that_is_not_there(self, run, own_hub, capfd):
+        shutil.rmtree(own_hub / "nextqa")
+        assert run("nextqa", **VIDEO) == 2
+        assert f"there is no folder {own_hub / 'nextqa'} with the videos" in one_line(capfd)
+
+    @pytest.mark.parametrize("task", ["activitynet", "nextqa", "videomme", "mvbench"])
+    def test_videos_that_are_not_there(self, run, own_hub, capfd, task):
+        for path in own_hub.rglob("*.mp4"):
+            if path.stem in ("v_a1", "101", "vm1", "mv1"):
+                path.unlink()
+        judge = ["task.judge=exact_match"] if task == "activitynet" else []
+        assert run(task, *judge, **VIDEO) == 2
+        of = {"activitynet": 2, "nextqa": 2, "videomme": 3, "mvbench": 2}[task]
+        assert f"the videos of 1 of {of} questions of" in (line := one_line(capfd)) and "are missing" in line
+
+    def test_videos_of_the_authors_files(self, run, own_hub, capfd):
+        folder = own_hub / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA"
+        (folder / "videos" / "clip1.avi").unlink()
+        judge = "task.judge=exact_match"
+        assert run("msvd", judge, **VIDEO) == 2
+        assert f"1 videos are missing under {folder}, for example clip1" in one_line(capfd)
+        (folder / "test_a.json").write_text('[{"question_id": "msvd0", "answer"')
+        assert run("msvd", judge, "limit=1", **VIDEO) == 2
+        assert "test_a.json is damaged" in one_line(capfd)
+        assert run("msvd", judge, "task.data=/nowhere", **VIDEO) == 2
+        assert "there is no folder /nowhere; set task.data" in one_line(capfd)
+
+    def test_videos_for_a_model_of_pictures(self, run, capfd):
+        assert run("msvd", "task.judge=exact_match") == 2
+        assert "a model of type 'llava' takes no input of kind 'video'" in one_line(capfd)
+
+    def test_splits_that_are_not_popes(self, own_hub, run, capfd):
+        shutil.rmtree(own_hub / "datasets" / "lmms-lab-encoder___pope")
+        rows = [dict(question_id="1", question="?", answer="yes", image=hub_cache.picture(0))]
+        schema = dict(question_id=hub_cache.TEXT, question=hub_cache.TEXT, answer=hub_cache.TEXT, image=hub_cache.IMAGE)
+        hub_cache.write_dataset(own_hub, "lmms-lab-encoder/POPE", None, {"test": rows}, schema)
+        assert run("pope") == 2
+        assert "cannot load the task pope" in one_line(capfd)
+
+
+class TestDamagedSamples:
+    """A picture or a video that is not whole is never scored as if it were."""
+
+    def damage_picture(self, home, keep: float) -> None:
+        shutil.rmtree(home / "datasets" / "lmms-lab-encoder___vq_av2")
+        good = {"bytes": encoded(hub_cache.picture(0)), "path": None}
+        bad = {"bytes": good["bytes"][: int(len(good["bytes"]) * keep)], "path": None}
+        answers = [dict(answer="cat", answer_confidence="yes", answer_id=j) for j in range(10)]
+        rows = [
+            dict(question_id=70 + i, question="What?", answers=answers, image=p)
+            for i, p in enumerate((good, bad, good))
+        ]
+        kinds = [{"answer": hub_cache.TEXT, "answer_confidence": hub_cache.TEXT, "answer_id": hub_cache.NUMBER}]
+        schema = dict(question_id=hub_cache.NUMBER, question=hub_cache.TEXT, answers=kinds, image=hub_cache.IMAGE)
+        hub_cache.write_dataset(home, "lmms-lab-encoder/VQAv2", None, {"validation": rows}, schema)
+
+    @pytest.mark.parametrize("keep", [0.5, 0.01])
+    def test_a_picture(self, run, own_hub, capfd, keep):
+        self.damage_picture(own_hub, keep)
+        assert run("vqav2", "batch_size=2") == 1
+        line = one_line(capfd)
+        assert "task vqav2_val, document 1" in line and "the picture or video of question_id 71 cannot be read" in line
+        assert all(name.startswith(".") for name in os.listdir("results/runs"))
+
+    def test_recorded_if_asked_for(self, run, own_hub, capfd):
+        self.damage_picture(own_hub, 0.5)
+        assert run("vqav2", "batch_size=2", "on_error=record") == 3
+        found = metrics()
+        assert (found["n"], found["excluded"]) == (2, 1)
+
+    def test_a_video(self, run, own_hub, capfd):
+        path = own_hub / "nextqa" / "NExTVideo" / "101.mp4"
+        path.write_bytes(path.read_bytes()[:-500])
+        assert run("nextqa", **VIDEO) == 1
+        assert f"document 1: ValueError: video 0 of question 0: video {path} cannot be read" in one_line(capfd)
+
+
+def encoded(picture) -> bytes:
+    import io
+
+    out = io.BytesIO()
+    picture.save(out, format="JPEG", quality=90)
+    return out.getvalue()
