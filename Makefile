@@ -8,11 +8,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 
-# For `make sweep`; each takes a comma-separated list.
+# For `make sweep`; each takes a comma-separated list. For LLaVA-1.5 and Video-LLaVA, unless methods, budgets or tasks
+# are given, the sweep is the paper's table with its settings (configs/experiment/paper_*.yaml).
 model ?= mini
 method ?= none,random,sparsevlm
 budget ?= 192,128,64
 task ?= minivqa
+# Questions per run; empty = all.
+limit ?=
+# To start it with: launcher=joblib (side by side on this machine) or slurm (pip install hydra-*-launcher first).
+launcher ?=
 
 # For `make retrain`: where to, and for how long.
 out ?= outputs/mini
@@ -99,9 +104,15 @@ paper: setup ## all tables, all figures and results/report.html, of the runs or 
 notebooks: setup ## run the notebooks and see that they pass
 	@$(VENV)/bin/jupyter-execute notebooks/*.ipynb
 
-sweep: setup ## every combination: make sweep model=mini method=none,sparsevlm budget=192,64 task=minivqa
-	@$(RUN) -m eval.run -m model=$(model) method=$(method) budget=$(budget) task=$(task) \
-		results_dir=$(results) $(args)
+sweep_grid := model=$(model) method=$(method) budget=$(budget) task=$(task)
+sweep_paper := $(if $(filter llava_1_5_%,$(model)),paper_image)$(if $(filter video_llava_%,$(model)),paper_video)
+ifneq ($(findstring command line,$(origin method) $(origin budget) $(origin task)),)
+sweep_paper :=
+endif
+
+sweep: setup ## runs of many methods over shared pictures: make sweep model=mini method=none,fastv budget=64 task=minivqa limit=96
+	@$(RUN) -m eval.run $(if $(sweep_paper),$(if $(launcher),-m) experiment=$(sweep_paper) model=$(model),-m $(sweep_grid)) \
+		$(if $(launcher),hydra/launcher=$(launcher)) $(if $(limit),limit=$(limit)) results_dir=$(results) $(args)
 
 retrain: setup ## train the embedded model from nothing: make retrain out=outputs/mini minutes=90
 	@$(RUN) -m sparsevlm.mini.train --out $(out) --minutes $(minutes) --resume $(args)
