@@ -1,0 +1,110 @@
+"""What a sweep costs, against the sum of single runs.
+
+    python scripts/sweep_cost.py --results results/reference --limit 48
+
+Runs 3 methods x 3 budgets on `mini` twice: as one sweep, and one by one in fresh processes, in turns. Each process is
+charged with its CPU time (user and system) and its wall time; the results of both must be the same. Writes
+`<results>/sweep_cost/<date>.json` and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[1]
+METHODS, BUDGETS = ("random", "fastv", "sparsevlm"), (192, 128, 64)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--limit", type=int, default=48, help="questions of minivqa")
+    args = parser.parse_args(arguments)
+    sys.path.insert(0, str(_ROOT))
+    from eval import environment
+
+    with tempfile.TemporaryDirectory() as scratch:
+        single, sweep = Path(scratch, "single"), Path(scratch, "sweep")
+        common = [f"limit={args.limit}", "task.seed=0"]
+        timed(common + ["method=none", "limit=1", f"results_dir={scratch}/first"])  # files from disk, questions made
+        each = {f"{m} {b}": timed([*common, f"method={m}", f"budget={b}", f"results_dir={single}"]) for m, b in pairs()}
+        lists = [f"method={','.join(METHODS)}", f"budget={','.join(map(str, BUDGETS))}"]
+        together = timed(["-m", *common, *lists, f"results_dir={sweep}"])
+        same = scores(single) == scores(sweep)
+    if not same:
+        sys.exit("error: the sweep and the single runs gave different results")
+    total = {key: sum(t[key] for t in each.values()) for key in ("cpu_s", "wall_s")}
+    record = {
+        "schema": 1,
+        "command": f"python scripts/sweep_cost.py --limit {args.limit}",
+        "model": "mini",
+        "task": "minivqa",
+        "questions": args.limit,
+        "methods": METHODS,
+        "budgets": BUDGETS,
+        "single_runs": each,
+        "sum_of_single_runs": total,
+        "sweep": together,
+        "ratio": {key: together[key] / total[key] for key in total},
+        "same_results": same,
+        "note": "CPU time is the one to compare: wall time depends on what else the machine did",
+        "load": os.getloadavg(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": environment.versions(),
+        "hardware": environment.hardware(),
+        "git": environment.git(),
+    }
+    folder = args.results / "sweep_cost"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"mini__n{args.limit}__{datetime.now():%Y%m%d_%H%M%S}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(table(record) + f"\n-> {path}")
+
+
+def pairs() -> list[tuple[str, int]]:
+    return [(method, budget) for method in METHODS for budget in BUDGETS]
+
+
+def timed(arguments: list[str]) -> dict[str, float]:
+    """CPU and wall seconds of one process of eval.run.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "eval.run", *arguments], cwd=_ROOT, capture_output=True, text=True)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(f"error: eval.run {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-400:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu_s": round(cpu, 2), "wall_s": round(wall, 2)}
+
+
+def scores(results: Path) -> dict[str, list]:
+    """Answers and scores of all runs."""
+    found = {}
+    for path in sorted(results.glob("runs/*/samples.jsonl")):
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found[path.parent.name] = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return found
+
+
+def table(record: dict) -> str:
+    """As Markdown."""
+    rows = {"9 single runs": record["sum_of_single_runs"], "one sweep": record["sweep"], "ratio": record["ratio"]}
+    lines = [f"| {name} | {t['cpu_s']:.2f} | {t['wall_s']:.2f} |" for name, t in rows.items()]
+    return "\n".join(["| | CPU s | wall s |", "| --- | ---: | ---: |", *lines])
+
+
+if __name__ == "__main__":
+    main()
