@@ -114,3 +114,11 @@ def test_the_papers_experiments_hold_every_cell_of_their_tables(name):
             if r["paper"] == "SparseVLM" and r["model"] == model and r["table"] in tables and r["benchmark"] in TASKS
         }
     assert published and published <= asked
+
+
+def test_the_command_lines_model_wins_over_the_experiments():
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = hydra.compose("config", ["experiment=paper_image", "model=llava_1_5_13b"])
+    assert (config.model.pretrained, config.model.prompt, config.model.image_aspect_ratio) == (
+        "llava-1.5-13b", "vicuna_v1", "pad",
+    )  # fmt: skip

@@ -4,13 +4,16 @@ import hashlib
 from pathlib import Path
 
 import lmms_eval.tasks
+import numpy as np
 import pytest
 from lmms_eval.tasks import TaskManager, get_task_dict
 
 from eval.asking import generation_arguments
-from eval.tasks import TASKS
+from eval.tasks import TASKS, scores
+from eval.tasks.adjust import nextqa_results
 from eval.tasks.generated import Generated
 from eval.tasks.loading import undisturbed
+from tests.eval.benchmarks import hub_cache
 from tests.eval.benchmarks.asked import evaluate, loaded, outcome
 from tests.eval.benchmarks.oracle import Answers, falsehood, truth
 
@@ -203,3 +206,50 @@ class TestLimits:
     def test_splits_of_pope_are_asked_alike(self, hub):
         (task,) = loaded("pope", 6).tasks
         assert sorted(task.eval_docs["category"]) == sorted(["adversarial", "popular", "random"] * 2)
+
+
+class TestTraps:
+    """What lmms-eval's own functions would get wrong."""
+
+    def test_gqa_shows_the_picture_of_the_question(self, hub):
+        (task,) = loaded("gqa").tasks
+        for doc in task.eval_docs:
+            (shown,) = task.doc_to_visual(doc)
+            assert np.array_equal(np.asarray(shown), np.asarray(hub_cache.picture(int(doc["imageId"][1:]))))
+
+    def test_nextqa_never_guesses(self, hub):
+        doc = {"answer": 0, **{f"a{i}": f"word{i}" for i in range(5)}}
+        for text in ("", "I do not know", "nothing"):
+            assert all(nextqa_results({**doc, "answer": i}, [text]) == {"exact_match": 0.0} for i in range(5))
+        assert nextqa_results({**doc, "answer": 2}, ["C. word2"]) == {"exact_match": 1.0}
+
+    def test_a_banana_is_no_missing_option(self):
+        row = dict(A="banana", B="nan", C="nan", D="nan", answer="A", index=1, prediction="it is a banana", question="")
+        samples = [{"doc": {"index": 1}, "gpt_eval_score": row, "submission": {}}]
+        assert scores.mmbench(samples) == {"circular_accuracy": 100}
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("yes", "yes"), ("Yes.", "yes"), ("Yes, there is a dog.", "yes"), ("No", "no"), ("no, there is not", "no"),
+            ("There is no dog.", "no"), ("There is not a dog", "no"), ("", "unclear"), ("A dog.", "unclear"),
+        ],
+    )  # fmt: skip
+    def test_what_pope_answers_say(self, text, expected):
+        assert scores.yes_or_no(text) == expected
+
+    def test_an_unclear_answer_is_the_wrong_one(self):
+        assert scores.f1([("yes", "yes"), ("unclear", "yes")]) == pytest.approx(2 / 3)
+        assert scores.f1([("yes", "yes"), ("unclear", "no")]) == pytest.approx(2 / 3)
+        assert scores.f1([("no", "yes"), ("no", "no")]) == 0
+
+    def test_an_excluded_question_takes_its_group_with_it(self):
+        pair = [dict(doc=dict(category="count", question_id=q), mme_perception_score=dict(score=1)) for q in "aab"]
+        found = scores.mme(pair)
+        assert found["mme_total"] == 200 == found["mme_perception_score"]
+        forms = [dict(doc=dict(image_id=i), ConScore_D=dict(score=1)) for i in "aaabb"]
+        assert scores.conbench(forms)["ConScore_D"] == 1 and "ConScore_D" not in forms[3]
+
+    def test_an_empty_answer_counts_in_mvbench(self):
+        samples = [dict(task="t", mvbench_accuracy=dict(pred_answer=p, score=s)) for p, s in (("(A)", 1), ("", 0))]
+        assert scores.mvbench(samples)["mvbench_mean"] == 50
