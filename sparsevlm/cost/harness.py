@@ -220,4 +220,4 @@ class Harness:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocator raised it: a GPU's, or the CPU's, which has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -158,12 +158,25 @@ def text(rows: Sequence[dict], machine: dict) -> str:
         first = members[0]
         out.append(f"## {first['shape']}, batch {first['batch_size']}\n\n{_conditions(members, machine)}\n")
         out.append(markdown([cells(m) for m in members], left=2) + "\n")
+        out.append(verdict(members) + "\n")
         pruned = [m for m in members if m.get("parts_ms")]
         if pruned:
             names = part_names(pruned)
             out.append("Where pruning spends its time, ms in one prefill:\n")
             out.append(markdown([part_cells(m, names) for m in pruned], left=2) + "\n")
     return "\n".join(out)
+
+
+def verdict(members: Sequence[dict]) -> str:
+    """Which settings of a group are slower than the unpruned model, or reach less than 90 % of what MACs promise."""
+    compared = [m for m in members if m["method"] != "none" and m.get("speedup")]
+    slower = [m for m in compared if m["speedup"]["median"] < 1]
+    short = [m for m in compared if m["gmacs_ratio"] and m["speedup"]["median"] < 0.9 * m["gmacs_ratio"]]
+    found = []
+    for what, which in (("Slower than the unpruned model", slower), ("Below 90 % of the MAC ratio", short)):
+        names = [name_of(m) + ("" if m["budget"] is None else f" {m['budget']}") for m in which]
+        found.append(f"{what}: {', '.join(names) or 'none'}, of {len(compared)} settings.")
+    return " ".join(found)
 
 
 def _conditions(members: Sequence[dict], machine: dict) -> str:

@@ -64,6 +64,17 @@ def test_the_report_says_what_was_measured_on_what(finished):
     assert float(flat[1]["scores_ms"]) == row["parts_ms"]["scores"]["median"]
 
 
+def test_the_verdict_names_what_is_slow():
+    def row(method, budget, speedup, macs):
+        return {"method": method, "budget": budget, "options": {}, "speedup": {"median": speedup}, "gmacs_ratio": macs}
+
+    rows = [row("none", "full", 1.0, 1.0), row("a", 64, 0.99, 3.0), row("b", 64, 2.8, 3.0), row("c", 64, 2.6, 3.0)]
+    rows += [row("d", None, 0.5, None), {"method": "e", "budget": 64, "options": {}, "failed": "out of memory"}]
+    text = report.verdict(rows)
+    assert "Slower than the unpruned model: a 64, d, of 4 settings." in text
+    assert "Below 90 % of the MAC ratio: a 64, c 64, of 4 settings." in text
+
+
 def test_the_report_comes_from_the_ledger_alone(finished, tmp_path, capsys):
     (tmp_path / "ledger.jsonl").write_bytes((finished / "ledger.jsonl").read_bytes())
     report.main([str(tmp_path)])

@@ -6,7 +6,7 @@ from transformers import LlamaForCausalLM
 
 import sparsevlm
 from sparsevlm.cost import memory, networks
-from sparsevlm.cost.harness import Harness
+from sparsevlm.cost.harness import Harness, is_out_of_memory
 from sparsevlm.cost.shapes import make_prompt
 from tests import tiny
 
@@ -87,6 +87,15 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(monkeypatch):
     memory.check_fits("a small one", 4 * memory.GIB, CPU)
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
     memory.check_fits("where nobody knows", needed, CPU)
+
+
+def test_an_allocator_that_fails_is_known_by_its_error():
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(failed.value) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as failed:
+        torch.ones(2) @ torch.ones(3)
+    assert not is_out_of_memory(failed.value)
 
 
 def test_free_memory_is_what_the_system_says():
