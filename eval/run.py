@@ -188,6 +188,10 @@ def _one(config: dict) -> Run:
 def _explain(error: Exception, arguments: Sequence[str]) -> str:
     """What Hydra objects to, on one line and with the nearest known name."""
     text = one_line(error)
+    if found := re.search(r"Could not find 'hydra/launcher/(.*?)'", text):
+        return (
+            f"no launcher {found[1]!r}: joblib, slurm and submitit_local come with pip install 'sparsevlm-bench[sweep]'"
+        )
     if found := re.search(r"Could not find '(\w+)/(.*?)'", text):
         group, name = found.groups()
         return unknown(group, name, [p.stem for p in (CONFIGS / group).glob("*.yaml")])
