@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsevlm.core.precision import at_least_float32
+
 RULES = ("paper", "all", "centred", "last")
 
 
@@ -64,7 +66,7 @@ def relevance(
     Returns:
         [B, T] float32 (float64 for such inputs), each row sums to one over its valid tokens.
     """
-    dtype = torch.promote_types(visual.dtype, torch.float32)
+    dtype = at_least_float32(visual.dtype)
     visual, text = visual.to(dtype), text.to(dtype)
     if centred:
         visual = visual - _mean(visual, visual_valid).unsqueeze(1)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsevlm.core.precision import at_least_float32
+
 
 def recycled_counts(dropped: int, share: float = 0.3, cluster_share: float = 0.1) -> tuple[int, int]:
     """How many of the dropped tokens are recycled, and into how many: int(0.3 n) + 1 and int(0.1 m) + 1.
@@ -21,12 +23,13 @@ def recycled_counts(dropped: int, share: float = 0.3, cluster_share: float = 0.1
     return pool, min(int(pool * cluster_share) + 1, pool)
 
 
-def density_peaks(x: Tensor, clusters: Tensor, width: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def density_peaks(x: Tensor, clusters: Tensor | None, width: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """DPC-kNN: centres of clusters and the cluster of each token.
 
     Density of i = exp(-mean of the squared distances to its k nearest neighbours, itself included), k = clusters;
     separation = distance to the nearest denser token (the densest: the largest distance of all pairs); the tokens of
-    largest density x separation are centres; every other token joins its nearest centre.
+    largest density x separation are centres; every other token joins its nearest centre. Distances are Euclidean,
+    divided by sqrt(D).
     Ties are systematic: at k = 1 all densities are equal, at k = 2 those of mutual neighbours. None of two equal tokens
     is denser, and of equal density x separation the lower index comes first (tokens come in order of score). The
     authors add 1e-6 x uniform noise instead, which makes their result random in float32 and vanishes in float16; ours
@@ -34,7 +37,7 @@ def density_peaks(x: Tensor, clusters: Tensor, width: int, valid: Tensor | None 
 
     Args:
         x: [B, m, D] tokens.
-        clusters: [B] int64, number of clusters per sample, 1 <= clusters <= its number of valid tokens.
+        clusters: [B] int64, number of clusters per sample, 1 <= clusters <= its number of valid tokens; None = `width`.
         width: largest entry of `clusters`, known to the host.
         valid: [B, m] bool; None = all, and `clusters` the same for all samples.
 
@@ -42,45 +45,47 @@ def density_peaks(x: Tensor, clusters: Tensor, width: int, valid: Tensor | None 
         centres [B, width]: indices into m in order of density x separation (entries beyond `clusters` are arbitrary
         but distinct), and the cluster [B, m] of each token, in 0 ... clusters - 1.
     """
-    batch, m = x.shape[:2]
-    distance = _distances(x)
-    own = torch.arange(width, device=x.device).expand(batch, -1)
+    batch, m, size = x.shape
+    if valid is None and width == 1:  # all densities are equal: the first token is the centre, of all
+        none = torch.zeros(batch, m, dtype=torch.int64, device=x.device)
+        return none[:, :1], none
+    square = _squared_distances(x)
     if valid is None:
-        density = distance.topk(width, dim=-1, largest=False).values.square().mean(-1).neg().exp()
-        largest = distance.flatten(1).amax(1)
+        density = square.topk(width, dim=-1, largest=False).values.mean(-1).mul_(-1 / size).exp_()
+        largest = square.amax((1, 2), keepdim=True)
     else:
+        own = torch.arange(width, device=x.device).expand(batch, -1)
         real = own < clusters[:, None]
-        nearest = distance.masked_fill(~valid[:, None], float("inf")).topk(width, dim=-1, largest=False).values
-        density = nearest.square().masked_fill(~real[:, None], 0).sum(-1) / clusters[:, None].clamp(min=1)
-        density = density.neg().exp().masked_fill(~valid, -1)
-        largest = distance.masked_fill(~(valid[:, None] & valid[..., None]), 0).flatten(1).amax(1)
+        nearest = square.masked_fill(~valid[:, None], float("inf")).topk(width, dim=-1, largest=False).values
+        density = nearest.masked_fill(~real[:, None], 0).sum(-1) / clusters[:, None].clamp(min=1)
+        density = density.mul_(-1 / size).exp_().masked_fill_(~valid, -1)
+        largest = square.masked_fill(~(valid[:, None] & valid[..., None]), 0).amax((1, 2), keepdim=True)
     denser = density[:, None] > density[..., None]  # [B, i, j]: j is denser than i
-    separation = distance.masked_fill(~denser, float("inf")).amin(-1).minimum(largest[:, None])
-    peak = separation * density
+    peak = torch.where(denser, square, largest).amin(-1).sqrt_().mul_(density)
     if valid is not None:
         peak = peak.masked_fill(~valid, float("-inf"))
     centres = peak.sort(dim=1, descending=True, stable=True).indices[:, :width]
-    to_centre = distance.gather(1, centres[..., None].expand(-1, -1, m))
+    to_centre = square.gather(1, centres[..., None].expand(-1, -1, m))
     if valid is None:
-        return centres, to_centre.argmin(1).scatter(1, centres, own)  # a centre is its own, even beside its double
+        to_centre.scatter_(2, centres[..., None], -1)  # a centre is its own, even beside its double
+        return centres, to_centre.argmin(1)
     group = to_centre.masked_fill(~real[..., None], float("inf")).argmin(1)
     return centres, group.scatter(1, centres, torch.where(real, own, group.gather(1, centres)))
 
 
-def _distances(x: Tensor) -> Tensor:
-    """Euclidean distances / sqrt(D) of tokens [B, m, D] -> [B, m, m] float32 (float64 stays): symmetric, zero diagonal.
+def _squared_distances(x: Tensor) -> Tensor:
+    """Squared Euclidean distances of tokens [B, m, D] -> [B, m, m] float32 (float64 stays): symmetric, zero diagonal.
 
     By one matrix product in float64: in float32 the difference of large squares would lose small distances between
     large states, and differencing every pair (torch.cdist without a product) costs as much as the rest of pruning.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = at_least_float32(x.dtype)
     x = x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # mps has no float64
-    product = (x @ x.transpose(1, 2)).tril()
-    square = product.diagonal(dim1=1, dim2=2)
-    product = product + product.transpose(1, 2)  # mirrored, so that both triangles are the same bits
-    squared = square[:, :, None] + square[:, None] - 2 * product
-    squared = squared.clamp(min=0) / x.shape[-1]  # the diagonal was doubled: it is negative, so zero
-    return squared.sqrt().to(dtype)
+    product = x @ x.transpose(1, 2)
+    norm = product.diagonal(dim1=1, dim2=2)
+    square = (norm[:, :, None] + norm[:, None]).sub_(product, alpha=2)
+    # a product need not be symmetric to the last bit; the smaller of both triangles is
+    return torch.minimum(square, square.transpose(1, 2)).clamp_(min=0).to(dtype)
 
 
 def merge_weights(
@@ -99,9 +104,10 @@ def merge_weights(
     """
     if how not in ("mean", "sum"):
         raise ValueError(f"unknown merge {how!r}; known: mean, sum")
-    member = group[:, None] == torch.arange(width, device=group.device)[:, None]
-    if valid is not None:
-        member = member & valid[:, None]
-    weights = member.to(dtype)
+    weights = torch.zeros(group.shape[0], width, group.shape[1], dtype=dtype, device=group.device)
+    if valid is None:
+        weights.scatter_(1, group[:, None], 1)
+    else:
+        weights.scatter_(1, group[:, None], valid[:, None].to(dtype))
     # 1e-6 as in the authors' utils.py:229
-    return weights / (weights.sum(-1, keepdim=True) + 1e-6) if how == "mean" else weights
+    return weights.div_(weights.sum(-1, keepdim=True).add_(1e-6)) if how == "mean" else weights

@@ -5,9 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsevlm.core.precision import at_least_float32
+
+
+def causal_bias(rows: int, length: int, dtype: torch.dtype, device: torch.device, window: int | None = None) -> Tensor:
+    """What is added to the logits [rows, length] of the last `rows` tokens of a sequence: 0, or the lowest value of
+    `dtype` where a key comes later or is `window` tokens or more ago. Its last columns are those of a shorter sequence.
+    """
+    lowest = torch.finfo(dtype).min
+    bias = torch.full((rows, length), lowest, dtype=dtype, device=device)
+    if window is None or window >= length:
+        return bias.triu_(length - rows + 1)
+    return bias.triu(length - rows + 1).add_(bias.tril_(length - rows - window))
+
 
 def attention_rows(
-    query: Tensor, key: Tensor, scaling: float, key_mask: Tensor | None = None, window: int | None = None
+    query: Tensor, key: Tensor, scaling: float, key_mask: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """Softmaxed attention of the last T tokens of a sequence to all of its S tokens.
 
@@ -20,31 +33,26 @@ def attention_rows(
         key: [B, H_kv, S, d], rotated; grouped-query attention if H_kv < H.
         scaling: factor of the logits.
         key_mask: [B, S] bool, False = padding; None = no padding.
-        window: sliding window of the layer in tokens, None = full attention.
+        bias: [T, S], see `causal_bias`; None = causal without a window.
 
     Returns:
         [B, H, T, S]. Rows of padding tokens hold arbitrary finite values.
     """
     batch, heads, rows, width = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = at_least_float32(query.dtype)
+    if bias is None:
+        bias = causal_bias(rows, length, dtype, key.device)
     query = query.to(dtype).reshape(batch, kv_heads, (heads // kv_heads) * rows, width)
-    logits = (query @ key.to(dtype).transpose(2, 3)).mul_(scaling).view(batch, heads, rows, length)
-    lowest = torch.finfo(dtype).min
-    future = torch.ones(rows, rows, dtype=torch.bool, device=key.device).triu_(1)
-    logits[..., length - rows :].masked_fill_(future, lowest)
+    logits = (query @ key.to(dtype).transpose(2, 3)).view(batch, heads, rows, length)
+    logits = torch.add(bias, logits, alpha=scaling)
     if key_mask is not None:
-        logits.masked_fill_(~key_mask[:, None, None], lowest)
-    if window is not None and length > window:
-        distance = torch.arange(length - rows, length, device=key.device)[:, None] - torch.arange(
-            length, device=key.device
-        )
-        logits.masked_fill_(distance >= window, lowest)
+        logits.masked_fill_(~key_mask[:, None, None], torch.finfo(dtype).min)
     return logits.softmax(-1)
 
 
 def mean_scores(rows: Tensor, weights: Tensor) -> Tensor:
-    """Mean over heads, then weighted sum over rows (authors' score.py:27-32).
+    """Weighted sum over rows and mean over heads (authors' score.py:27-32).
 
     Args:
         rows: [B, H, T, N] attention.
@@ -53,7 +61,7 @@ def mean_scores(rows: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [B, N].
     """
-    return (weights.to(rows.dtype).unsqueeze(1) @ rows.mean(1)).squeeze(1)
+    return (weights.to(rows.dtype)[:, None, None] @ rows).mean(1).squeeze(1)
 
 
 def rank_by_score(scores: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -23,11 +23,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sparsevlm.budget import Schedule, check_layers, explicit_schedule, scale_layers, solve
 from sparsevlm.core.packing import take
+from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.raters import RULES, select_raters
 from sparsevlm.core.recycling import density_peaks, merge_weights
 from sparsevlm.core.scores import mean_scores
@@ -116,5 +116,5 @@ class SparseVLM(Method):
 
     def merge_tokens(self, tokens: Tensor, clusters: Tensor, width: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         centres, group = density_peaks(tokens, clusters, width, valid)
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        dtype = at_least_float32(tokens.dtype)
         return centres, merge_weights(group, width, valid, self.merge, dtype)

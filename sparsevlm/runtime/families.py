@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -30,7 +31,7 @@ class Family:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotary embedding of [B, H, N, d] by tables [B, N, d], as the family's apply_rotary_pos_emb."""
-        return x * cos[:, None] + self.rotate_half(x) * sin[:, None]
+        return torch.addcmul(x * cos[:, None], self.rotate_half(x), sin[:, None])
 
     @property
     def n_layers(self) -> int:

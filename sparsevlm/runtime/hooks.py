@@ -67,6 +67,7 @@ class Hooks:
         self.step: SegmentMasks | None = None  # of a call without visual tokens
         self.prompt_length: int | None = None  # inside generate()
         self.own_generate = vars(model).get("generate")  # set on this object by the user
+        self.hooked: set[int] = set()  # layers whose projections take what scoring computed
 
     # ---- installing ------------------------------------------------------------------------------------------------
     def add(self) -> None:
@@ -76,8 +77,6 @@ class Hooks:
         keep(family.decoder.register_forward_hook(self._on_output))
         for i, layer in enumerate(family.decoder.layers):
             keep(layer.register_forward_pre_hook(functools.partial(self._on_layer, i), with_kwargs=True))
-            keep(layer.self_attn.k_proj.register_forward_pre_hook(functools.partial(self._skip_keys, i)))
-            keep(layer.self_attn.k_proj.register_forward_hook(functools.partial(self._give_keys, i)))
         self.handles += self.method.hooks(family)
         if hasattr(self.model, "generate"):
             self._wrap_generate()
@@ -137,8 +136,9 @@ class Hooks:
             return None
         if batch % mask.shape[0]:
             raise ValueError(f"visual_mask has {mask.shape[0]} rows, the input {batch}")
-        mask = mask.repeat_interleave(batch // mask.shape[0], 0)
-        return nn.functional.pad(mask, (0, length - mask.shape[1]))
+        if batch != mask.shape[0]:
+            mask = mask.repeat_interleave(batch // mask.shape[0], 0)
+        return mask if length == mask.shape[1] else nn.functional.pad(mask, (0, length - mask.shape[1]))
 
     def _on_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict):
         """Before each decoder layer."""
@@ -187,6 +187,7 @@ class Hooks:
                 key_mask = state_of(cache).segments[0].key_mask
         self.prefill = Prefill(self.method, self.family, prompt, hidden, kwargs, cache, key_mask)
         self.trace.prefills.append(self.prefill.record)
+        self._hook_projections(self.prefill.points)
 
     def _keep_first_mask(self, cache, key_mask: Tensor, length: int) -> None:
         """Remember the padding of layer 0's cache, from which later segments split off."""
@@ -232,15 +233,29 @@ class Hooks:
             out.last_hidden_state = full.scatter_add_(1, source, hidden)
         return out
 
-    # ---- keys that scoring has computed already -------------------------------------------------------------------
-    def _skip_keys(self, i: int, module: nn.Module, args: tuple):
-        """Pre-hook of k_proj: compute them for no row."""
-        return None if self._handed_keys(i) is None else (args[0][:, :0],)
+    # ---- what scoring has computed already -------------------------------------------------------------------------
+    def _hook_projections(self, layers: list[int]) -> None:
+        """Let pruning layers take it; the others stay without hooks there, which would slow each decode step."""
+        for i in {*layers} - self.hooked - {-1}:
+            self.hooked.add(i)
+            attention = self.family.decoder.layers[i].self_attn
+            for name in ("q_proj", "k_proj", "v_proj"):
+                module = getattr(attention, name)
+                self.handles.append(module.register_forward_pre_hook(functools.partial(self._shorten, i, name)))
+                self.handles.append(module.register_forward_hook(functools.partial(self._complete, i, name)))
 
-    def _give_keys(self, i: int, module: nn.Module, args: tuple, out: Tensor):
-        """Forward hook of k_proj: return those that are there."""
-        return self._handed_keys(i)
+    def _shorten(self, i: int, name: str, module: nn.Module, args: tuple):
+        """Pre-hook of a projection: leave out the last rows, whose output is there."""
+        made = self._handed(i, name)
+        return None if made is None else (args[0][:, : args[0].shape[1] - made.shape[1]],)
 
-    def _handed_keys(self, i: int) -> Tensor | None:
+    def _complete(self, i: int, name: str, module: nn.Module, args: tuple, out: Tensor):
+        """Forward hook of it: add them."""
+        made = self._handed(i, name)
+        if made is None:
+            return None
+        return torch.cat([out, made], 1) if out.shape[1] else made
+
+    def _handed(self, i: int, name: str) -> Tensor | None:
         handed = self.prefill.handed if self.prefill is not None else None
-        return handed.raw_keys if handed is not None and handed.layer == i else None
+        return handed.outputs.get(name) if handed is not None and handed.layer == i else None

@@ -64,13 +64,21 @@ class SegmentMasks:
 
 
 class FixedMask:
-    """Keyword arguments for one layer: a mask in terms of which rows see which keys, in the backend's format."""
+    """Keyword arguments for one layer whose keys and values are computed: a mask of its own, to be added to logits."""
 
-    def __init__(self, family: Family, allowed: Tensor, rope):
-        self.family, self.allowed, self.rope = family, allowed, rope
+    def __init__(self, mask: Tensor, rope, keys: Tensor, values: Tensor):
+        self.mask, self.rope, self.cache = mask, rope, _Computed(keys, values)
 
     def kwargs(self, layer: int, hidden: Tensor) -> dict:
-        mask = self.allowed
-        if self.family.decoder.config._attn_implementation == "eager":
-            mask = torch.where(mask, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype)
-        return {"attention_mask": mask, "position_ids": None, "position_embeddings": self.rope}
+        own = {"attention_mask": self.mask, "position_ids": None, "position_embeddings": self.rope}
+        return {**own, "past_key_values": self.cache}
+
+
+class _Computed:
+    """Stands in for the cache in the one layer whose keys and values were written there before it ran."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsevlm.runtime.rows import Block, Scattered
 
 
 def rater_positions(raters: Tensor, length: int, n_visual: list[int]) -> list[Tensor]:
@@ -20,8 +25,8 @@ def stage_details(
     keep: list[int],
     n_visual: list[int],
     whole: list[int],
-    visual_index: Tensor,
-    source: Tensor,
+    rows: Block | Scattered,
+    source: Tensor | None,
     merged_sources: tuple[Tensor, ...],
     visual: np.ndarray,
 ) -> tuple[list, list, list]:
@@ -31,7 +36,7 @@ def stage_details(
         scores, order: [B, V] scores and ranking; None if nothing had to be scored.
         keep, n_visual: kept and entering tokens; both 0 for a sample that is left alone.
         whole: visual tokens of samples that are left alone, else 0.
-        visual_index [B, V], source [B, L]: as they were on entering.
+        rows, source: of the prefill, as they were on entering.
         merged_sources: `source` of the tokens merged at earlier stages, [B, n] each.
         visual: [B, L0] bool, the tokens of the prompt that may be dropped.
     """
@@ -41,11 +46,11 @@ def stage_details(
             kept = origin = torch.arange(whole[b])
         else:
             kept = torch.arange(n) if order is None or k == n else order[b, :k].sort().values.cpu()
-            row = visual_index[b].cpu()[kept]
-            ordinal = torch.from_numpy(visual[b].cumsum() - 1)
-            origin = ordinal[source[b].cpu()[row]]
+            row = rows.index[b].cpu()[kept]
+            token = row if source is None else source[b].cpu()[row]
+            origin = torch.from_numpy(visual[b].cumsum() - 1)[token]
             for merged in merged_sources:
-                origin = origin.masked_fill(torch.isin(source[b].cpu()[row], merged[b].cpu()), -1)
+                origin = origin.masked_fill(torch.isin(token, merged[b].cpu()), -1)
         all_scores.append(None if scores is None or whole[b] else scores[b, :n])
         all_kept.append(kept)
         all_origin.append(origin)

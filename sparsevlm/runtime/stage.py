@@ -8,30 +8,54 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsevlm.core.packing import take
+from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.scores import attention_rows
 from sparsevlm.runtime.cache_state import extended, state_of
 from sparsevlm.runtime.parts import part
 
 if TYPE_CHECKING:
     from sparsevlm.runtime.prefill import Prefill
+    from sparsevlm.runtime.rows import Block, Scattered
 
 
 @dataclass
 class ModuleInputs:
-    """What scoring computed of a layer, for the layer to use.
+    """What scoring computed of a layer.
 
     Attributes:
         layer: which.
         normed: [B, L, D] its normalised input.
         raw_keys: [B, L, H_kv * d] output of its k_proj.
         keys: [B, H_kv, L, d] the same rotated.
+        raw_queries: [B, T, H * d] output of its q_proj for the last T rows; None = not asked for.
     """
 
     layer: int
     normed: Tensor
     raw_keys: Tensor
     keys: Tensor
+    raw_queries: Tensor | None = None
+
+
+@dataclass
+class Handed:
+    """Outputs of the projections of the layer that comes next, so that it need not compute them.
+
+    Attributes:
+        layer: which.
+        outputs: by projection, for the last rows of what the layer gets: all of them, or fewer.
+    """
+
+    layer: int
+    outputs: dict[str, Tensor]
+
+    @classmethod
+    def whole(cls, made: ModuleInputs) -> Handed:
+        """For a layer that computes every row."""
+        outputs = {"k_proj": made.raw_keys}
+        if made.raw_queries is not None:
+            outputs["q_proj"] = made.raw_queries
+        return cls(made.layer, outputs)
 
 
 @dataclass
@@ -43,36 +67,49 @@ class Stage:
         layer: 0-based layer on whose output pruning acts; -1 = at the language model's input.
         module: layer whose norm and projections `attention` uses: `layer` itself, or the one after it.
         hidden: [B, L, D] states that enter `module` (for layer -1 the input embeddings).
-        n_visual: visual tokens that enter, per sample.
-        visual_index: [B, V] int64, their positions in `hidden`, V = the largest count.
-        visual_valid: [B, V] bool, None = all.
+        rows: where the visual tokens are in `hidden`.
     """
 
     prefill: Prefill
     layer: int
     module: int
     hidden: Tensor
-    n_visual: list[int]
-    visual_index: Tensor
-    visual_valid: Tensor | None
+    rows: Block | Scattered
     computed: ModuleInputs | None = field(default=None, init=False, repr=False)
+
+    @property
+    def n_visual(self) -> list[int]:
+        """Visual tokens that enter, per sample."""
+        return self.rows.n_visual
+
+    @property
+    def visual_index(self) -> Tensor:
+        """[B, V] int64, their positions in `hidden`, V = the largest count."""
+        return self.rows.index
+
+    @property
+    def visual_valid(self) -> Tensor | None:
+        """[B, V] bool, which of these are real; None = all."""
+        return self.rows.valid
 
     def visual(self) -> Tensor:
         """[B, V, D] states of the visual tokens."""
-        return take(self.hidden, self.visual_index)
+        return self.rows.visual(self.hidden)
 
     def attention(self, tail: int) -> Tensor:
         """[B, H, tail, S] float32: the softmaxed attention of the last `tail` tokens to all keys of `module`.
 
-        The layer's own norm and projections are used; its keys are handed to the layer, which does not compute them
-        again. S counts the tokens of earlier turns, too.
+        The layer's own norm and projections are used; these queries and keys are handed to the layer, which does not
+        compute them again. S counts the tokens of earlier turns, too.
         """
         p = self.prefill
         attention = p.family.decoder.layers[self.module].self_attn
         with torch.no_grad():
             made = self.module_inputs()
             cos, sin = self._tables()
-            query = self._heads(attention.q_proj(made.normed[:, -tail:]), attention, "q_norm")
+            with part(None):  # what the layer does not do again
+                made.raw_queries = attention.q_proj(made.normed[:, -tail:])
+            query = self.heads(made.raw_queries, attention, "q_norm")
             query = p.family.rotate(query, cos[:, -tail:], sin[:, -tail:])
             key, mask, earlier = made.keys, p.key_mask, p.cached_keys(self.module)
             if earlier is not None:  # what the cache of `module` holds may differ from that of the layer before
@@ -80,7 +117,9 @@ class Stage:
                 new = None if mask is None else mask[:, -p.length :]
                 mask = extended(held, earlier.shape[2], new, *self.hidden.shape[:2], self.hidden.device)
                 key = torch.cat([earlier, key], 2)
-            return attention_rows(query, key, attention.scaling, mask, p.family.window(self.module))
+            dtype = at_least_float32(query.dtype)
+            bias = p.bias(tail, key.shape[2], dtype, p.family.window(self.module))
+            return attention_rows(query, key, attention.scaling, mask, bias)
 
     def module_inputs(self) -> ModuleInputs:
         """Normalised input and keys of `module`, computed once."""
@@ -89,7 +128,7 @@ class Stage:
             normed = layer.input_layernorm(self.hidden)
             with part(None):  # what the layer does not do again
                 raw = layer.self_attn.k_proj(normed)
-            key = self._heads(raw, layer.self_attn, "k_norm")
+            key = self.heads(raw, layer.self_attn, "k_norm")
             self.computed = ModuleInputs(self.module, normed, raw, rotate(key, *self._tables()))
         return self.computed
 
@@ -99,11 +138,9 @@ class Stage:
 
     def visual_columns(self, rows: Tensor) -> Tensor:
         """Columns [..., V] of the visual tokens of [B, ..., S] attention rows."""
-        index = self.visual_index + (rows.shape[-1] - self.hidden.shape[1])
-        index = index.view(index.shape[0], *[1] * (rows.dim() - 2), -1).expand(*rows.shape[:-1], -1)
-        return rows.gather(-1, index)
+        return self.rows.columns(rows)
 
-    def _heads(self, x: Tensor, attention, norm: str) -> Tensor:
+    def heads(self, x: Tensor, attention, norm: str) -> Tensor:
         """[B, L, H * d] -> [B, H, L, d], normalised where the family does (Qwen3)."""
         x = x.view(*x.shape[:2], -1, attention.head_dim)
         if hasattr(attention, norm):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparsevlm.core.packing import pack, take
 from sparsevlm.core.rank import attention_rank
 from sparsevlm.core.rope_kernel import first_nonpositive_distance, rope_kernel
-from sparsevlm.core.scores import attention_rows, mean_scores, rank_by_score
+from sparsevlm.core.scores import attention_rows, causal_bias, mean_scores, rank_by_score
 
 
 def full_attention(query, key, scaling, key_mask, window):
@@ -36,7 +36,10 @@ def test_rows_are_the_last_rows_of_the_full_attention(seed, kv_heads, rows, padd
     query = torch.randn(2, 4, 12, 8, generator=generator, dtype=torch.float64)
     key = torch.randn(2, kv_heads, 12, 8, generator=generator, dtype=torch.float64)
     mask = torch.arange(12) >= torch.tensor([[0], [12 - rows]]) if padded else None  # left padding
-    got = attention_rows(query[:, :, -rows:], key, 0.3, mask, window)
+    bias = causal_bias(rows, 15, torch.float64, key.device, window)[:, -12:]  # made for a longer sequence
+    got = attention_rows(query[:, :, -rows:], key, 0.3, mask, bias)
+    if window is None:
+        assert torch.equal(got, attention_rows(query[:, :, -rows:], key, 0.3, mask))
     for b in range(2):
         want = full_attention(query[b], key[b], 0.3, None if mask is None else mask[b], window)[:, -rows:]
         torch.testing.assert_close(got[b], want, rtol=1e-12, atol=1e-12)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sparsevlm
-from sparsevlm.runtime import parts, prefill, stage
+from sparsevlm.runtime import parts, prefill, rows, stage
 from sparsevlm.runtime.parts import PARTS, collect, part
 from tests.tiny import EARLY_DROP, inputs, llava
 
@@ -72,7 +72,7 @@ def slowdowns(method) -> dict[str, tuple[object, str]]:
         "scores": (stage, "attention_rows"),
         "selection": (prefill, "rank_by_score"),
         "recycling": (type(method), "merge_tokens"),
-        "gathering": (prefill, "pack"),
+        "gathering": (rows.Block, "merge"),
         "masks": (prefill, "extended"),
     }
 
