@@ -6,6 +6,7 @@ a whole video.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,16 @@ def read_frames(path: str | Path, frames: int) -> np.ndarray:
 
 
 def _index(path, av) -> tuple[np.ndarray, int]:
-    """Presentation times of all frames, ascending (NaN where unknown), and how many the container announces."""
+    """Presentation times of all frames, ascending (NaN where unknown), and how many the container announces.
+
+    Raises:
+        ValueError: no video stream, or the file ends before its announced duration (Matroska, WebM) or trailer (GIF).
+    """
+    with open(path, "rb") as file:
+        if file.read(3) == b"GIF":
+            file.seek(-min(16, file.seek(0, 2)), 2)
+            if not file.read().rstrip(b"\0\r\n ").endswith(b";"):
+                raise ValueError("it breaks off: a GIF ends with a semicolon")
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError("it holds no video stream")
@@ -71,7 +81,18 @@ def _index(path, av) -> tuple[np.ndarray, int]:
             for packet in container.demux(stream)
             if packet.size and not packet.is_discard
         ]
-        return np.sort(np.array(times)), stream.frames
+        times = np.sort(np.array(times))
+        if len(times) > 1 and (announced := _seconds(stream.metadata.get("DURATION", ""))):
+            there = float((times[-1] - times[0]) * stream.time_base) * len(times) / (len(times) - 1)
+            if there < COMPLETE * announced:
+                raise ValueError(f"it breaks off: {there:.1f} of {announced:.1f} seconds are there")
+        return times, stream.frames
+
+
+def _seconds(text: str) -> float:
+    """`00:01:02.5` -> 62.5; 0 for anything else."""
+    found = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", text)
+    return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3]) if found else 0.0
 
 
 def _decode(path, wanted: np.ndarray, count: int, av) -> list[np.ndarray]:

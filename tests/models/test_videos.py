@@ -94,6 +94,21 @@ class TestDamage:
         fast.write_bytes(content[: int(len(content) * share)])
         self.refused(fast, "breaks off|Invalid data")
 
+    @pytest.mark.parametrize(
+        ("name", "codec", "why"),
+        [
+            ("a.avi", "mpeg4", "it breaks off: .* of 200 frames are there"),
+            ("a.mkv", "libx264", "it breaks off: .* of 25.0 seconds are there"),
+            ("a.webm", "libvpx", "it breaks off: .* of 25.0 seconds are there"),
+            ("a.gif", "gif", "it breaks off: a GIF ends with a semicolon"),
+        ],
+    )
+    def test_cut_off_where_the_rest_is_sound(self, tmp_path, name, codec, why):
+        path = write(tmp_path / name, frames=200, codec=codec)
+        assert len(read_frames(path, 8)) == 8
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        self.refused(path, why)
+
     def test_cut_off_before_its_index(self, tmp_path):
         path = write(tmp_path / "a.mp4")
         path.write_bytes(path.read_bytes()[:-800])
