@@ -1,9 +1,11 @@
 """Ablations, separation and efficiency: what they compare, and with what."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import sparsevlm
 from eval.stats import bootstrap_ci
@@ -14,6 +16,7 @@ from scripts.separation import separation_table
 from scripts.summary import summarise
 from tests.scripts import folders
 
+ROOT = Path(__file__).resolve().parents[2]
 EASE = np.random.default_rng(1).random(60)
 TYPES = ("count", "read", "exist")
 
@@ -130,3 +133,25 @@ def test_the_efficiency_of_a_group_has_times_of_the_same_setting(tmp_path):
     assert full[:6] == ["none", "full", "200.0", "180.0", "75.0", "100.0"] and full[8:11] == ["20.0", "100.0", "5.00"]
     assert random[6:] == ["not run"] * 5 + ["2.50"]
     assert table.rows[0][9][0].runs == ("latency__mini__beef",)
+
+
+@pytest.mark.parametrize("option", ["recycle", "raters", "layers"])
+def test_the_experiments_vary_one_option_at_budgets_that_can_be_kept(option):
+    path = ROOT / "configs" / "experiment" / f"ablation_{'recycling' if option == 'recycle' else option}.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert config["limit"] <= 200 and config["experiment"]["latency"] is None
+    values, common = set(), None
+    for entry in config["experiment"]["runs"]:
+        options = {k.split(".")[1]: v for k, v in entry.items() if k.startswith("method.")}
+        options = {k: yaml.safe_load(v) if k == "layers" else v for k, v in options.items()}
+        budgets = entry.get("budget", "full")
+        for budget in budgets if isinstance(budgets, list) else [budgets]:
+            method = sparsevlm.build(entry["method"], budget=budget, **options)
+            if entry["method"] == "sparsevlm":
+                assert method.plan(576, 12).leaving == pytest.approx(budget, abs=0.5)
+                chosen = asdict(method)
+                values.add(str(chosen.pop(option)))
+                chosen.pop("budget")
+                assert common in (None, chosen)
+                common = chosen
+    assert len(values) > 1
