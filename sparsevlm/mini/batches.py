@@ -1,4 +1,4 @@
-"""Training batches: drawn scenes as tensors, each batch from its own random stream, so that any step can be redrawn."""
+"""Training batches: drawn scenes or clips as tensors, each from its own random stream: any step can be redrawn."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sparsevlm.mini import questions
+from sparsevlm.mini import clip_questions, questions
+from sparsevlm.mini.clips import ClipGenerator
 from sparsevlm.mini.hub import MEAN, STD
-from sparsevlm.mini.scenes import GRID, NO_CLASS, Scene, SceneGenerator
+from sparsevlm.mini.questions import Question
+from sparsevlm.mini.scenes import GRID, NO_CLASS, PATCH, Scene, SceneGenerator
 from sparsevlm.mini.vocabulary import EOS, WORD_ID
 
 #: Tokens per packed question: the longest question, its prompt and answer take 11.
@@ -23,36 +25,52 @@ _TRAIN_STREAM, _TEST_STREAM = 0x7261, 0x7465
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Grid per side, pictures per batch, questions packed behind each picture (0: none)."""
+    """Grid per side, pictures (or clips) per batch, questions packed behind each (0: none)."""
 
     grid: int
     images: int
     questions: int = 0
+    clips: bool = False
+
+    def batches(self, split: str, seed: int, phase: int) -> "SceneBatches | ClipBatches":
+        """The stream of such batches of a split, a seed and a phase."""
+        return (ClipBatches if self.clips else SceneBatches)(split, seed, phase, self)
 
 
-class SceneBatches(Dataset):
-    """Batch ``i`` of a stream: a dict of tensors that depends on split, seed, phase and ``i`` alone.
+class _Batches(Dataset):
+    """Batch ``i`` of a stream: a dict of tensors that depends on split, seed, phase and ``i`` alone."""
 
-    ``pixels`` float32 ``[B, 3, 7g, 7g]``, ``positions`` int64 ``[B, g*g]`` (where the window lies on the 24 x 24 grid),
-    ``classes`` and ``colors`` int64 ``[B, g*g]``; with questions also ``ids``, ``targets`` int64 and ``weights``
-    float32 ``[B, questions * 12]`` and ``types`` int64 ``[B, questions]`` (indices into ``questions.TYPES``).
-    """
+    #: Names of the question types that ``types`` counts.
+    types: tuple[str, ...]
 
     def __init__(self, split: str, seed: int, phase: int, shape: BatchShape):
         self.shape = shape
         self._stream = (_TRAIN_STREAM if split == "train" else _TEST_STREAM, seed, phase)
-        self._generator = SceneGenerator(split)
+        self._generator = self._make_generator(split)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = np.random.RandomState([*self._stream, index])
         samples = [self._sample(rng) for _ in range(self.shape.images)]
         batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
-        batch["pixels"] = ((batch["pixels"].float() / 255.0 - MEAN) / STD).permute(0, 3, 1, 2).contiguous()
+        batch["pixels"] = ((batch["pixels"].float() / 255.0 - MEAN) / STD).movedim(-1, -3).contiguous()
         return batch
 
     def loader(self, indices: Iterable[int], workers: int) -> DataLoader:
         """The batches of ``indices`` in order, drawn ahead by ``workers`` processes (0: in this one)."""
         return DataLoader(self, batch_size=None, sampler=indices, num_workers=workers)
+
+
+class SceneBatches(_Batches):
+    """Batches of pictures.
+
+    ``pixels`` float32 ``[B, 3, 7g, 7g]``, ``positions`` int64 ``[B, g*g]`` (where the window lies on the 24 x 24 grid),
+    ``classes`` and ``colors`` int64 ``[B, g*g]``, ``centers`` float32 ``[B, g*g]`` (1 where a patch holds the middle of
+    an object); with questions also ``ids``, ``targets`` int64 and ``weights``
+    float32 ``[B, questions * 12]`` and ``types`` int64 ``[B, questions]`` (indices into ``questions.TYPES``).
+    """
+
+    types = questions.TYPES
+    _make_generator = SceneGenerator
 
     def _sample(self, rng) -> dict[str, np.ndarray]:
         grid = self.shape.grid
@@ -64,20 +82,45 @@ class SceneBatches(Dataset):
             "positions": ((row + top) * GRID + column + left).reshape(-1),
             "classes": scene.class_map.reshape(-1),
             "colors": scene.color_map.reshape(-1),
+            "centers": _centers(scene, grid),
         }
         if self.shape.questions:
-            sample |= _pack(scene, self.shape.questions, rng)
+            drawn = questions.draw(scene.objects, self.shape.questions, rng)
+            if not drawn:
+                raise ValueError("a scene without objects has no questions")  # the generator places at least one
+            sample |= _pack(drawn, self.types)
         return sample
 
 
-def _pack(scene: Scene, count: int, rng) -> dict[str, np.ndarray]:
+class ClipBatches(_Batches):
+    """Batches of clips.
+
+    ``pixels`` float32 ``[B, 8, 3, 56, 56]``; ``times``, ``starts``, ``directions`` int64 ``[B, 520]`` (see
+    :meth:`sparsevlm.mini.clips.Clip.token_labels`); ``ids``, ``targets``, ``weights`` and ``types`` as
+    :class:`SceneBatches`, with the types of ``clip_questions.TYPES``.
+    """
+
+    types = clip_questions.TYPES
+    _make_generator = ClipGenerator
+
+    def _sample(self, rng) -> dict[str, np.ndarray]:
+        clip = self._generator.draw(rng)
+        drawn = clip_questions.draw(clip.objects, self.shape.questions, rng)
+        labels = dict(zip(("times", "starts", "directions"), clip.token_labels(), strict=True))
+        return {"pixels": clip.frames} | labels | _pack(drawn, self.types)
+
+
+def _centers(scene: Scene, grid: int) -> np.ndarray:
+    centers = np.zeros((grid, grid), np.float32)
+    for obj in scene.objects:
+        centers[(2 * obj.y + obj.size) // (2 * PATCH), (2 * obj.x + obj.size) // (2 * PATCH)] = 1
+    return centers.reshape(-1)
+
+
+def _pack(drawn: list[Question], known_types: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Questions as blocks of 12 tokens, padded with 0, and what to predict at each token."""
-    ids = np.zeros((count, QUESTION_TOKENS), np.int64)
-    targets = np.zeros((count, QUESTION_TOKENS), np.int64)
-    weights = np.zeros((count, QUESTION_TOKENS), np.float32)
-    drawn = questions.draw(scene.objects, count, rng)
-    if not drawn:
-        raise ValueError("a scene without objects has no questions")  # the generator places at least one
+    ids, targets = (np.zeros((len(drawn), QUESTION_TOKENS), np.int64) for _ in range(2))
+    weights = np.zeros((len(drawn), QUESTION_TOKENS), np.float32)
     for block, question in enumerate(drawn):
         asked = [WORD_ID[word] for word in (*question.words, *SUFFIX)]
         answer = [WORD_ID[word] for word in question.answer]
@@ -89,7 +132,7 @@ def _pack(scene: Scene, count: int, rng) -> dict[str, np.ndarray]:
         targets[block, foretold], weights[block, foretold] = answer[0], FORETOLD_WEIGHT
         targets[block, len(asked) - 1 : end] = [*answer, WORD_ID[EOS]]
         weights[block, len(asked) - 1 : end - 1], weights[block, end - 1] = ANSWER_WEIGHT, END_WEIGHT
-    types = np.array([questions.TYPES.index(question.type) for question in drawn])
+    types = np.array([known_types.index(question.type) for question in drawn])
     return {"ids": ids.reshape(-1), "targets": targets.reshape(-1), "weights": weights.reshape(-1), "types": types}
 
 

@@ -8,10 +8,19 @@ import math
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
 
+from sparsevlm.mini.clips import FRAME_TOKENS, FRAMES
+from sparsevlm.mini.clips import GRID as CLIP_GRID
 from sparsevlm.mini.scenes import GRID, PATCH
-from sparsevlm.mini.vocabulary import BOS, EOS, IMAGE, PAD, VOCAB_SIZE, WORD_ID
+from sparsevlm.mini.vocabulary import BOS, EOS, IMAGE, PAD, VIDEO, VIDEO_VOCAB_SIZE, VOCAB_SIZE, WORD_ID, WORDS
 
 
 def build_config() -> LlavaConfig:
@@ -85,6 +94,69 @@ def embed_patches(model: LlavaForConditionalGeneration, pixels: torch.Tensor, po
     class_token = (tower.embeddings.class_embedding + table.weight[0]).expand(len(pixels), 1, -1)
     hidden = tower.pre_layrnorm(torch.cat([class_token.to(patches.dtype), patches], 1))
     return tower.encoder(inputs_embeds=hidden).last_hidden_state[:, 1:]
+
+
+def build_video_config() -> VideoLlavaConfig:
+    """Configuration of the embedded video model: 8 frames of 56 x 56 pixels, 8 x 65 visual tokens."""
+    image = build_config()
+    vision, text = image.vision_config, image.text_config
+    vision.image_size = CLIP_GRID * PATCH
+    text.vocab_size = VIDEO_VOCAB_SIZE
+    return VideoLlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=WORD_ID[IMAGE],
+        video_token_index=WORD_ID[VIDEO],
+        image_seq_length=CLIP_GRID * CLIP_GRID,
+        video_seq_length=FRAMES * FRAME_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=False,
+    )
+
+
+@torch.no_grad()
+def build_video_model(image_state: dict[str, torch.Tensor], seed: int) -> VideoLlavaForConditionalGeneration:
+    """The embedded video model, begun with the weights of the trained embedded model; float32 on the CPU.
+
+    Both towers start as the picture's, with the upper left corner of its position table. Words it does not know start
+    at random.
+
+    Args:
+        image_state: state of the embedded model (:func:`sparsevlm.mini.hub.load_weights`).
+        seed: of what is random.
+    """
+    torch.manual_seed(seed)
+    model = VideoLlavaForConditionalGeneration(build_video_config())
+    _normal(model.model.language_model.embed_tokens.weight, 1.0)
+    _normal(model.lm_head.weight, 0.02)
+    state = model.state_dict()
+    known = len(WORDS)
+    for name, value in image_state.items():
+        if name.endswith("position_embedding.weight"):
+            table = value[1:].unflatten(0, (GRID, GRID))[:CLIP_GRID, :CLIP_GRID]
+            value = torch.cat([value[:1], table.flatten(0, 1)])
+        for tower in ("image_tower.", "video_tower."):
+            target = state[name.replace("vision_tower.", tower)]
+            target[:known].copy_(value[:known]) if value.shape != target.shape else target.copy_(value)
+    model.load_state_dict(state)
+    return model
+
+
+def embed_frames(model: VideoLlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
+    """Video tower on clips.
+
+    Args:
+        model: the embedded video model.
+        pixels: ``[batch, 8, 3, 56, 56]``, normalised.
+
+    Returns:
+        ``[batch, 8 * 65, 128]``: the features that Video-LLaVA hands to the projector.
+    """
+    tower = model.model.video_tower
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels.flatten(0, 1)))
+    return tower.encoder(inputs_embeds=hidden).last_hidden_state.unflatten(0, pixels.shape[:2]).flatten(1, 2)
 
 
 def _normal(weight: torch.Tensor, std: float) -> None:

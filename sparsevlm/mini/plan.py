@@ -23,7 +23,7 @@ class Phase:
 
     @property
     def name(self) -> str:
-        return f"{self.objective} {self.shape.grid}x{self.shape.grid}"
+        return f"{self.objective} {self.shape.grid}x{self.shape.grid}" + (" clips" if self.shape.clips else "")
 
 
 #: First small windows, then the whole picture: relations are learnt at 64 tokens and carried over to 576.
@@ -33,8 +33,14 @@ PLAN = (
     Phase("neutral", BatchShape(grid=24, images=6), time_share=0.02, step_share=0.03),
     Phase("answer", BatchShape(grid=8, images=16, questions=8), time_share=0.22, step_share=0.27),
     Phase("answer", BatchShape(grid=12, images=12, questions=12), time_share=0.25, step_share=0.20),
-    Phase("answer", BatchShape(grid=24, images=6, questions=16), time_share=0.35, step_share=0.16),
+    Phase("answer", BatchShape(grid=24, images=5, questions=24), time_share=0.35, step_share=0.16),
 )
+#: For a model that answers questions already.
+CONTINUATION = (Phase("answer", BatchShape(grid=24, images=5, questions=24), time_share=1.0, step_share=1.0),)
+
+
+#: For the video model, which starts from the model for pictures.
+VIDEO = (Phase("answer", BatchShape(grid=8, images=4, questions=16, clips=True), time_share=1.0, step_share=1.0),)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Settings:
     minutes: float | None = None
     steps: int | None = None
     precision: str = "bfloat16"
+    video: bool = False
 
     def __post_init__(self):
         if (self.minutes is None) == (self.steps is None):

@@ -13,7 +13,7 @@ from sparsevlm.mini.model import embed_patches
 from sparsevlm.mini.scenes import GRID, NO_CLASS, NO_COLOR
 from sparsevlm.mini.vocabulary import CLASSES, COLORS, DIGITS, WORD_ID, WORDS
 
-_BACKGROUND_WEIGHT = 0.12
+BACKGROUND_WEIGHT = 0.12
 _CLASS_IDS = [WORD_ID[word] for word in CLASSES]
 _COLOR_IDS = [WORD_ID[word] for word in COLORS]
 _OTHER_IDS = [i for i in range(1, len(WORDS)) if i not in {*_CLASS_IDS, *_COLOR_IDS}]
@@ -50,8 +50,10 @@ class Alignment:
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         visual, class_logits, color_logits = self._logits(batch)
-        weights = torch.where(objects_of(batch), 1.0, _BACKGROUND_WEIGHT)
-        named = _weighted(class_logits, batch["classes"], weights) + _weighted(color_logits, batch["colors"], weights)
+        weights = torch.where(objects_of(batch), 1.0, BACKGROUND_WEIGHT)
+        named = weighted_loss(class_logits, batch["classes"], weights) + weighted_loss(
+            color_logits, batch["colors"], weights
+        )
         place = torch.stack([batch["positions"] // GRID, batch["positions"] % GRID], -1) / (GRID / 2) - 1
         return named + 0.5 * F.mse_loss(self.helpers["place"](visual), place) + 0.01 * _unit_size(visual)
 
@@ -94,8 +96,8 @@ class NeutralBackground:
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         visual, class_logits, color_logits, words = self._logits(batch)
         inside = objects_of(batch).float()
-        named = _weighted(class_logits, batch["classes"].clamp(max=NO_CLASS - 1), inside)
-        named = named + _weighted(color_logits, batch["colors"].clamp(max=NO_COLOR - 1), inside)
+        named = weighted_loss(class_logits, batch["classes"].clamp(max=NO_CLASS - 1), inside)
+        named = named + weighted_loss(color_logits, batch["colors"].clamp(max=NO_COLOR - 1), inside)
         return named + 0.02 * _mean(words.square().mean(-1), 1 - inside) + 0.01 * _unit_size(visual)
 
     @torch.no_grad()
@@ -135,7 +137,8 @@ def _mean(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return (values * weights).sum() / weights.sum()
 
 
-def _weighted(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def weighted_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of ``[B, n, labels]`` logits against ``[B, n]`` targets under ``[B, n]`` weights."""
     return _mean(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none"), weights.flatten())
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from sparsevlm.mini.batches import SceneBatches
-from sparsevlm.mini.finetune import Answering
-from sparsevlm.mini.model import build_model
-from sparsevlm.mini.plan import PLAN, Phase, Settings
+from sparsevlm.mini.batches import ClipBatches, SceneBatches
+from sparsevlm.mini.finetune import GENTLE, Answering
+from sparsevlm.mini.hub import load_weights
+from sparsevlm.mini.model import build_model, build_video_model
+from sparsevlm.mini.plan import CONTINUATION, PLAN, VIDEO, Phase, Settings
 from sparsevlm.mini.pretrain import Alignment, NeutralBackground
 
-OBJECTIVES = {"align": Alignment, "neutral": NeutralBackground, "answer": Answering}
+OBJECTIVES = {"align": Alignment, "neutral": NeutralBackground}
 _TEST_IMAGES = 48
 _TEST_SEED = 0
 
@@ -46,7 +47,9 @@ class Run:
         workers: processes that draw scenes ahead; 0 draws them in this one.
         save_every: seconds between checkpoints.
         evaluate_every: seconds between evaluations on test scenes; each phase ends with one anyway.
-        plan: the phases; by default ``PLAN``.
+        plan: the phases; by default ``PLAN``, ``CONTINUATION`` with ``initial``, or ``VIDEO`` for the video model.
+        initial: folder of an embedded model to begin with instead of the starting weights; the video model needs one.
+        compiled: let ``torch.compile`` make the layers about twice as fast; needs a C++ compiler.
 
     Raises:
         ValueError: the checkpoint was made with other settings.
@@ -61,11 +64,15 @@ class Run:
         save_every: float = 60.0,
         evaluate_every: float = 300.0,
         plan: tuple[Phase, ...] | None = None,
+        initial: str | Path | None = None,
+        compiled: bool = False,
     ):
-        self.folder, self.settings, self.device, self.plan = Path(folder), settings, device, plan or PLAN
+        self.folder, self.settings, self.device = Path(folder), settings, device
+        self.plan = plan or (VIDEO if settings.video else CONTINUATION if initial else PLAN)
+        self._continued = initial is not None
         self.workers, self.save_every, self.evaluate_every = workers, save_every, evaluate_every
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.model = build_model(settings.seed).to(device)
+        self.model = _build(settings, initial).to(device)
         # the faster of the two on each; both compute the same
         self.model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
         self.state, self.objective = State(), None
@@ -73,6 +80,8 @@ class Run:
         self._reported = -math.inf
         if self.checkpoint.is_file():
             self._load()
+        if compiled:
+            _compile_layers(self.model)
 
     @property
     def checkpoint(self) -> Path:
@@ -99,7 +108,8 @@ class Run:
             phase = self.plan[self.state.phase]
             if self.objective is None:
                 self.objective = self._make_objective(phase)
-                self.objective.start()
+                if not self._continued:
+                    self.objective.start()
                 self.state.objective_step = 0
             self._train_phase(phase)
             next_phase = self.plan[self.state.phase + 1] if self.state.phase + 1 < len(self.plan) else None
@@ -109,7 +119,7 @@ class Run:
             self._save()
 
     def _train_phase(self, phase: Phase) -> None:
-        data = SceneBatches("train", self.settings.seed, self.state.phase, phase.shape)
+        data = phase.shape.batches("train", self.settings.seed, self.state.phase)
         state, losses = self.state, deque(maxlen=50)
         for batch in data.loader(count(state.step), self.workers):
             if self._phase_progress(phase) >= 1:
@@ -146,7 +156,12 @@ class Run:
 
     def _make_objective(self, phase: Phase):
         torch.manual_seed(self.settings.seed)
-        return OBJECTIVES[phase.objective](self.model, getattr(torch, self.settings.precision))
+        precision = getattr(torch, self.settings.precision)
+        if phase.objective == "answer":
+            types = (ClipBatches if phase.shape.clips else SceneBatches).types
+            gentle = self._continued and not self.settings.video
+            return Answering(self.model, precision, types, GENTLE if gentle else None)
+        return OBJECTIVES[phase.objective](self.model, precision)
 
     def _phase_progress(self, phase: Phase) -> float:
         if self.settings.steps is not None:
@@ -170,7 +185,7 @@ class Run:
 
     def _record(self, phase: Phase, loss: float) -> None:
         """Evaluates on test scenes, always the same, and adds a point to the learning curve."""
-        data = SceneBatches("test", _TEST_SEED, 0, phase.shape)
+        data = phase.shape.batches("test", _TEST_SEED, 0)
         batches = data.loader(range(math.ceil(_TEST_IMAGES / phase.shape.images)), workers=0)
         scores = self.objective.scores(self._to_device(batch) for batch in batches)
         self._tick()
@@ -220,6 +235,25 @@ class Run:
             self.objective.helpers.load_state_dict(content["helpers"])
             for optimizer, saved in zip(self.objective.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
+
+
+def _build(settings: Settings, initial: str | Path | None):
+    if settings.video:
+        if initial is None:
+            raise ValueError("the video model starts from a trained model for pictures: name its folder as initial")
+        return build_video_model(load_weights(initial), settings.seed)
+    model = build_model(settings.seed)
+    if initial is not None:
+        model.load_state_dict(load_weights(initial))
+    return model
+
+
+def _compile_layers(model) -> None:
+    """Layer by layer: all layers of a kind share one compiled graph per shape, which takes seconds, not minutes."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    towers = [module for name, module in model.model.named_children() if name.endswith("_tower")]
+    for layer in (*model.model.language_model.layers, *(layer for tower in towers for layer in tower.encoder.layers)):
+        layer.compile(dynamic=False)
 
 
 def _mean_loss(losses) -> float:

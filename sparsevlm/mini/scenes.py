@@ -32,7 +32,7 @@ _RGB = np.array(
     ],
     np.float32,
 )
-_SIZES = (13, 14, 15, 16)
+SIZES = (13, 14, 15, 16)
 _SPLIT_SEED = 123
 _TRAIN_SHARE = 0.8
 _MIN_COVER = 0.28  # share of a patch that an object's box must cover for the patch to count as its
@@ -100,6 +100,46 @@ def digit_indices(split: str) -> np.ndarray:
     return order[:cut] if split == "train" else order[cut:]
 
 
+@dataclass(frozen=True)
+class Sprite:
+    """A digit or shape to be painted: ``alpha`` float32 ``[size, size, 1]`` in 0..1, ``paint`` its RGB colour."""
+
+    alpha: np.ndarray
+    paint: np.ndarray
+
+    def paint_on(self, image: np.ndarray, x: int, y: int) -> None:
+        """Blends it into a float picture with its left upper corner at ``(x, y)``."""
+        size = len(self.alpha)
+        box = np.s_[y : y + size, x : x + size]
+        image[box] = image[box] * (1 - self.alpha) + self.paint * self.alpha
+
+
+class SpriteSet:
+    """The digits of one split, and the shapes, in all sizes."""
+
+    def __init__(self, split: str):
+        indices = digit_indices(split)
+        digits = _load_digits()
+        by_kind: list[list[np.ndarray]] = [[] for _ in DIGITS]
+        for i in indices:
+            by_kind[digits.target[i]].append(np.clip(digits.images[i] / 16 * 1.15, 0, 1).astype(np.float32))
+        #: (class, size) -> [number of variants, size, size]
+        self.masks = {
+            (kind, size): np.stack([_resize(image, size) for image in images])
+            for kind, images in enumerate(by_kind)
+            for size in SIZES
+        }
+        for i, name in enumerate(SHAPES):
+            for size in SIZES:
+                self.masks[len(DIGITS) + i, size] = _shape_mask(name, size)[None]
+
+    def draw(self, kind: int, size: int, color: int, rng: np.random.RandomState) -> Sprite:
+        """One of the digit's pictures (a shape has but one), in a shade of the colour."""
+        masks = self.masks[kind, size]
+        alpha = masks[rng.randint(len(masks)) if kind < len(DIGITS) else 0][..., None]
+        return Sprite(alpha, _RGB[color] * rng.uniform(0.85, 1.08))
+
+
 class SceneGenerator:
     """Draws scenes with the digits of one split.
 
@@ -108,20 +148,7 @@ class SceneGenerator:
     """
 
     def __init__(self, split: str):
-        indices = digit_indices(split)
-        digits = _load_digits()
-        by_kind: list[list[np.ndarray]] = [[] for _ in DIGITS]
-        for i in indices:
-            by_kind[digits.target[i]].append(np.clip(digits.images[i] / 16 * 1.15, 0, 1).astype(np.float32))
-        # alpha masks: [number of variants, size, size] in 0..1
-        self._masks = {
-            (kind, size): np.stack([_resize(image, size) for image in images])
-            for kind, images in enumerate(by_kind)
-            for size in _SIZES
-        }
-        for i, name in enumerate(SHAPES):
-            for size in _SIZES:
-                self._masks[len(DIGITS) + i, size] = _shape_mask(name, size)[None]
+        self._sprites = SpriteSet(split)
 
     def draw(self, rng: np.random.RandomState, grid: int = GRID) -> Scene:
         """Draws one scene.
@@ -160,7 +187,7 @@ class SceneGenerator:
                 break
             u = rng.rand()
             group = "shape and digit" if u < 0.2 else "number" if u < 0.32 else "single"
-            size = _SIZES[rng.randint(len(_SIZES))]
+            size = SIZES[rng.randint(len(SIZES))]
             width = size if group == "single" else 2 * size
             x, y = rng.randint(0, pixels - width + 1), rng.randint(0, pixels - size + 1)
             if occupied[y : y + size, x : x + width].any():
@@ -186,11 +213,7 @@ class SceneGenerator:
         return objects
 
     def _paint(self, image, occupied, obj: SceneObject, rng) -> None:
-        masks = self._masks[obj.kind, obj.size]
-        mask = masks[rng.randint(len(masks)) if obj.is_digit else 0][..., None]
-        paint = _RGB[obj.color] * rng.uniform(0.85, 1.08)
-        box = np.s_[obj.y : obj.y + obj.size, obj.x : obj.x + obj.size]
-        image[box] = image[box] * (1 - mask) + paint * mask
+        self._sprites.draw(obj.kind, obj.size, obj.color, rng).paint_on(image, obj.x, obj.y)
         low, high = -_MARGIN, obj.size + _MARGIN
         occupied[max(0, obj.y + low) : obj.y + high, max(0, obj.x + low) : obj.x + high] = True
 

@@ -22,6 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--minutes", type=float, help="length of the training; 90 or more make a useful model on a CPU")
     length.add_argument("--steps", type=int, help="length in optimiser steps: repeatable number by number")
+    parser.add_argument("--initial", type=Path, help="model folder to go on from (questions only), not from nothing")
+    parser.add_argument("--video", action="store_true", help="train the video model; needs --initial")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile the layers"
+    )
     parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or begin it if there is none")
@@ -29,12 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="processes that draw scenes (default: 0 on a CPU, 8 beside a GPU)")
     options = parser.parse_args(arguments)
     try:
-        settings = Settings(options.seed, options.minutes, options.steps, options.precision)
+        settings = Settings(options.seed, options.minutes, options.steps, options.precision, options.video)
         if (options.out / "checkpoint.pt").exists() and not options.resume:
             raise ValueError(f"{options.out} holds a run already: --resume continues it, or name another folder")
         device = _device(options.device)
         workers = options.workers if options.workers is not None else 0 if device.type == "cpu" else 8
-        run = Run(options.out, settings, device, workers)
+        run = Run(options.out, settings, device, workers, initial=options.initial, compiled=options.compile)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

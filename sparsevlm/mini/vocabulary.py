@@ -12,6 +12,10 @@ _FUNCTION_WORDS = (
     " of in image"
 )
 WORDS = (PAD, BOS, EOS, IMAGE, *_FUNCTION_WORDS.split(), *CLASSES, *COLORS)
+#: The words of the video model: the same, and some more.
+VIDEO = "<video>"
+VIDEO_WORDS = (*WORDS, VIDEO, *"before first last where moving left right up down".split())
 #: Rows of the embedding table; the rows behind the known words are spare (the first of them is ``<unk>``).
 VOCAB_SIZE = 64
-WORD_ID = {word: i for i, word in enumerate(WORDS)}
+VIDEO_VOCAB_SIZE = 72
+WORD_ID = {word: i for i, word in enumerate(VIDEO_WORDS)}

@@ -99,8 +99,8 @@ class Stage:
     def attention(self, tail: int) -> Tensor:
         """[B, H, tail, S] float32: the softmaxed attention of the last `tail` tokens to all keys of `module`.
 
-        The layer's own norm and projections are used; these queries and keys are handed to the layer, which does not
-        compute them again. S counts the tokens of earlier turns, too.
+        The layer's own norm and projections are used; these keys, and the queries of text behind the visual tokens, are
+        handed to the layer, which does not compute them again. S counts the tokens of earlier turns, too.
         """
         p = self.prefill
         attention = p.family.decoder.layers[self.module].self_attn
@@ -108,8 +108,10 @@ class Stage:
             made = self.module_inputs()
             cos, sin = self._tables()
             with part(None):  # what the layer does not do again
-                made.raw_queries = attention.q_proj(made.normed[:, -tail:])
-            query = self.heads(made.raw_queries, attention, "q_norm")
+                raw = attention.q_proj(made.normed[:, -tail:])
+            if tail <= p.tail:  # rows that are certain to be computed
+                made.raw_queries = raw
+            query = self.heads(raw, attention, "q_norm")
             query = p.family.rotate(query, cos[:, -tail:], sin[:, -tail:])
             key, mask, earlier = made.keys, p.key_mask, p.cached_keys(self.module)
             if earlier is not None:  # what the cache of `module` holds may differ from that of the layer before

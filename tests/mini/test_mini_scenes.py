@@ -72,9 +72,9 @@ def test_digits_of_the_test_split_are_never_in_the_training_split():
 def test_a_generator_draws_only_digits_of_its_split(generator):
     """The alpha masks of the two splits have no picture in common, whatever the size."""
     other = SceneGenerator("train")
-    for key, masks in generator._masks.items():
+    for key, masks in generator._sprites.masks.items():
         if key[0] < 10:
-            seen = {mask.tobytes() for mask in other._masks[key]}
+            seen = {mask.tobytes() for mask in other._sprites.masks[key]}
             assert not any(mask.tobytes() in seen for mask in masks)
 
 

@@ -18,7 +18,7 @@ default data after ``python -m eval.tasks.minivqa``.
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -86,25 +86,43 @@ def build_dataset(seed: int = DEFAULT_SEED, n: int = DEFAULT_N, cache_dir: str |
         ValueError: ``seed`` or ``n`` out of range.
         OSError: the folder cannot be written.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"minivqa: the seed must be between 0 and 2**32 - 1, got {seed}")
-    if n < 1:
-        raise ValueError(f"minivqa: the number of questions must be at least 1, got {n}")
+    from datasets import Image as ImageFeature
+    from datasets import List, Value
+
     folder = Path(cache_dir) / f"v{VERSION}-seed{seed}-n{n}"
+    columns = {"image": ImageFeature(), "target_patches": List(Value("int32"))}
+    return write_questions("minivqa", folder, rows, columns, seed, n)
+
+
+def write_questions(task: str, folder: Path, rows: Callable, columns: dict, seed: int, n: int) -> Path:
+    """Writes ``rows(seed, n)`` to ``folder/test.parquet``, complete or not at all; a file that is there is kept.
+
+    Args:
+        task: for messages.
+        folder: made if missing.
+        rows: gives dicts with ``question_id``, ``question``, ``answer``, ``question_type`` and the ``columns``.
+        columns: the ``datasets`` features of the other columns.
+        seed: which set of questions, 0 or more.
+        n: number of questions, 1 or more.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        ValueError: ``seed`` or ``n`` out of range.
+        OSError: the folder cannot be written.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"{task}: the seed must be between 0 and 2**32 - 1, got {seed}")
+    if n < 1:
+        raise ValueError(f"{task}: the number of questions must be at least 1, got {n}")
     target = folder / FILE_NAME
     if target.is_file():
         return folder
-    from datasets import Dataset, Features, List, Value
-    from datasets import Image as ImageFeature
+    from datasets import Dataset, Features, Value
 
-    features = Features(
-        question_id=Value("int64"),
-        image=ImageFeature(),
-        question=Value("string"),
-        answer=Value("string"),
-        question_type=Value("string"),
-        target_patches=List(Value("int32")),
-    )
+    text = {name: Value("string") for name in ("question", "answer", "question_type")}
+    features = Features(question_id=Value("int64"), **text, **columns)
     folder.mkdir(parents=True, exist_ok=True)
     data = Dataset.from_list(list(rows(seed, n)), features=features)
     handle, draft = tempfile.mkstemp(prefix=".", suffix=".parquet", dir=folder)
@@ -118,13 +136,13 @@ def build_dataset(seed: int = DEFAULT_SEED, n: int = DEFAULT_N, cache_dir: str |
     return folder
 
 
-def task_override(folder: str | Path) -> dict:
-    """The entry for lmms-eval's ``tasks=[...]`` that runs minivqa on the data in ``folder`` (of :func:`build_dataset`).
+def task_override(folder: str | Path, task: str = "minivqa") -> dict:
+    """The entry for lmms-eval's ``tasks=[...]`` that runs a task on the data in ``folder`` (of its ``build_dataset``).
 
     Raises:
         FileNotFoundError: no data there.
     """
     file = Path(folder).resolve() / FILE_NAME
     if not file.is_file():
-        raise FileNotFoundError(f"minivqa: no {file}; call build_dataset first")
-    return {"task": "minivqa", "dataset_kwargs": {"data_files": {"test": str(file)}}}
+        raise FileNotFoundError(f"{task}: no {file}; call build_dataset first")
+    return {"task": task, "dataset_kwargs": {"data_files": {"test": str(file)}}}

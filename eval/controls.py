@@ -1,0 +1,59 @@
+"""Controls that only make sense where the answer's place is known: they bound what any method can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsevlm.methods.random import Random
+from sparsevlm.methods.sparsevlm import SparseVLM
+from sparsevlm.runtime.prefill import Prefill
+from sparsevlm.runtime.stage import Stage
+
+
+@dataclass
+class Oracle(Random):
+    """Keeps the tokens that show what the question is about, filled up with random ones, at the model's input.
+
+    Attributes:
+        targets: per sample of the coming batch, the indices of those visual tokens.
+    """
+
+    targets: Sequence[Sequence[int]] = field(default=(), repr=False)
+
+    name: ClassVar[str] = "oracle"
+
+    def score(self, stage: Stage) -> Tensor:
+        scores = super().score(stage)
+        if len(self.targets) != len(scores):
+            raise ValueError(f"oracle: {len(self.targets)} lists of targets for {len(scores)} samples; set `targets`")
+        for row, targets in zip(scores, self.targets, strict=True):
+            row[torch.as_tensor(targets, dtype=torch.long, device=row.device)] = 2.0**25  # above any random score
+        return scores
+
+
+@dataclass
+class Saliency(SparseVLM):
+    """SparseVLM rated by the picture instead of the text: the attention that visual tokens pay to one another.
+
+    Same layers, same numbers of tokens, same recycling: what text guidance is worth is the difference to this.
+    """
+
+    name: ClassVar[str] = "saliency"
+
+    def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
+        """No raters."""
+
+    def score(self, stage: Stage) -> Tensor:
+        length = stage.hidden.shape[1]
+        rows = stage.attention(length).mean(1)  # [B, L, S]: small models only
+        rows = stage.visual_columns(rows)
+        index = stage.visual_index[..., None].expand(-1, -1, rows.shape[-1])
+        received = rows.gather(1, index)
+        if stage.visual_valid is not None:
+            received = received * stage.visual_valid[..., None]
+        return received.sum(1)

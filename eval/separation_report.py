@@ -1,0 +1,215 @@
+"""The separation report: Markdown and CSV from the files that `eval.separation` leaves.
+
+Alone: `python -m eval.separation_report results/separation`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from eval.separation import Setting
+from eval.stats import bootstrap_ci, paired_difference
+
+#: (this, minus that, what the difference says), at equal budgets.
+CONTRASTS = (
+    (Setting("sparsevlm", options={"raters": "all"}), Setting("random"), "guided selection against none"),
+    (
+        Setting("sparsevlm", options={"raters": "all"}),
+        Setting("saliency"),
+        "text as raters against the picture as rater",
+    ),
+    (
+        Setting("sparsevlm", options={"raters": "all"}),
+        Setting("fastv"),
+        "all words, three layers; last word, one layer",
+    ),
+    (
+        Setting("sparsevlm"),
+        Setting("sparsevlm", options={"raters": "all"}),
+        "the paper's choice of raters against all words",
+    ),
+    (Setting("sparsevlm"), Setting("random"), "the paper's choice of raters against chance"),
+    (
+        Setting("sparsevlm", options={"raters": "all"}),
+        Setting("sparsevlm", options={"raters": "all", "recycle": 0}),
+        "recycling",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One file."""
+
+    label: str
+    budget: int | None
+    content: dict
+
+    @property
+    def results(self) -> list[dict]:
+        return self.content["results"]
+
+    @cached_property
+    def right(self) -> dict[int, float]:
+        return {r["id"]: float(r["right"]) for r in self.results}
+
+    @property
+    def kept(self) -> float | None:
+        """Mean share of the answer's tokens that the first stage keeps; None where it has no meaning."""
+        shares = [r["kept"] for r in self.results if "kept" in r]
+        return sum(shares) / len(shares) if shares else None
+
+    def accuracy(self, type_: str | None = None) -> float:
+        right = [r["right"] for r in self.results if type_ in (None, r["type"])]
+        return 100 * sum(right) / len(right)
+
+
+def read(folder: Path) -> list[Outcome]:
+    """All files of a folder; they must be of one model and one set of questions.
+
+    Raises:
+        ValueError: no files, or files that do not belong together; the message names one.
+    """
+    outcomes, identity = [], None
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        this = {key: content.get(key) for key in ("model", "weights", "task", "seed", "questions")}
+        if identity not in (None, this):
+            raise ValueError(f"{path} is of {this}, other files of {folder} are of {identity}: keep them apart")
+        identity = this
+        if "refused" not in content and len(content["results"]) != content["questions"]:
+            raise ValueError(f"{path} holds {len(content['results'])} of {content['questions']} questions: remove it")
+        setting = Setting(**content["setting"])
+        outcomes.append(Outcome(setting.label, setting.budget, content))
+    if not outcomes:
+        raise ValueError(f"no results in {folder}; python -m eval.separation --out {folder} makes them")
+    return outcomes
+
+
+def write(folder: Path) -> list[Path]:
+    """Writes `separation.md` and `separation.csv` into a folder of results; returns their paths."""
+    outcomes = read(folder)
+    by_key = {(o.label, o.budget): o for o in outcomes if o.results}
+    budgets = sorted({o.budget for o in outcomes if o.budget}, reverse=True)
+    labels = list(dict.fromkeys(o.label for o in sorted(outcomes, key=lambda o: o.label) if o.budget))
+    types = list(dict.fromkeys(r["type"] for r in outcomes[0].results)) or list(
+        dict.fromkeys(r["type"] for o in by_key.values() for r in o.results)
+    )
+    head = outcomes[0].content
+    parts = [
+        f"# Separation on `{head['model']}`",
+        f"Accuracy in percent on the first {head['questions']} questions of `{head['task']}`, seed {head['seed']}, "
+        f"float32, greedy; weights {head['weights']}. In brackets 95 % intervals (bootstrap over questions), behind "
+        "the bar the share of the answer's tokens that the first stage keeps (where tokens are patches). The budget "
+        "is the mean number of visual tokens per layer. `python -m eval.separation` makes this table.",
+        _overall(by_key, labels, budgets),
+        "## Differences, in points, paired over questions",
+        _contrasts(by_key, budgets),
+        *(
+            part
+            for b in (64, 16)
+            if b in budgets
+            for part in (f"## By type of question, {b} tokens", _by_type(by_key, labels, types, b))
+        ),
+        "## Which words rate, in SparseVLM by the paper's rule",
+        _raters(by_key, budgets),
+        _refusals(outcomes),
+    ]
+    text = folder / "separation.md"
+    text.write_text("\n\n".join(part for part in parts if part) + "\n")
+    table = pd.DataFrame(
+        {
+            "method": o.label,
+            "budget": o.budget or "full",
+            "accuracy": o.accuracy(),
+            **dict(
+                zip(
+                    ("accuracy_low", "accuracy_high"),
+                    (100 * v for v in bootstrap_ci(list(o.right.values()))[1:]),
+                    strict=True,
+                )
+            ),
+            "kept": o.kept,
+            **{f"accuracy_{name}": o.accuracy(name) for name in types},
+        }
+        for o in by_key.values()
+    )
+    data = folder / "separation.csv"
+    table.round(3).to_csv(data, index=False)
+    return [text, data]
+
+
+def _overall(by_key, labels, budgets) -> str:
+    lines = [["method", *budgets], ["---", *["---:"] * len(budgets)]]
+    for control in ("none", "blind"):
+        if outcome := by_key.get((control, None)):
+            lines.append([f"**{control}**: {_cell(outcome)}", *[""] * len(budgets)])
+    for label in labels:
+        cells = [by_key.get((label, budget)) for budget in budgets]
+        lines.append([label, *("refused" if c is None else _cell(c) for c in cells)])
+    return _table(lines)
+
+
+def _cell(outcome: Outcome) -> str:
+    mean, low, high = (100 * v for v in bootstrap_ci(list(outcome.right.values())))
+    share = "" if outcome.kept is None else f" \\| {100 * outcome.kept:.0f} %"
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]{share}"
+
+
+def _contrasts(by_key, budgets) -> str:
+    lines = [["difference", *budgets, "what it says"], ["---", *["---:"] * len(budgets), "---"]]
+    pairs = [
+        (None, Setting("random"), "what pruning at random costs"),
+        (None, Setting("oracle"), "what knowing the place leaves to lose"),
+    ]
+    for this, that, meaning in (*pairs, *CONTRASTS):
+        cells = []
+        for budget in budgets:
+            a = by_key.get(("none", None) if this is None else (this.label, budget))
+            b = by_key.get((that.label, budget))
+            if a is None or b is None:
+                cells.append("not run")
+                continue
+            mean, low, high = (100 * v for v in paired_difference(a.right, b.right))
+            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+        lines.append([f"{this.label if this else 'none'} - {that.label}", *cells, meaning])
+    return _table(lines)
+
+
+def _by_type(by_key, labels, types, budget) -> str:
+    lines = [["method", *types], ["---", *["---:"] * len(types)]]
+    for key in (("none", None), ("blind", None), *((label, budget) for label in labels)):
+        if outcome := by_key.get(key):
+            lines.append([key[0], *(f"{outcome.accuracy(name):.0f}" for name in types)])
+    return _table(lines)
+
+
+def _raters(by_key, budgets) -> str:
+    for budget in budgets:
+        if outcome := by_key.get(("sparsevlm", budget)):
+            words = Counter(word for r in outcome.results for word in r.get("raters", ()))
+            total = len(outcome.results)
+            named = ", ".join(f"`{word}` {100 * count / total:.0f} %" for word, count in words.most_common(12))
+            return f"Share of the questions in which a word becomes a rater: {named}."
+    return "not run"
+
+
+def _refusals(outcomes) -> str:
+    lines = [f"- {o.label} at {o.budget}: {o.content['refused']}" for o in outcomes if "refused" in o.content]
+    return "## Refused\n\n" + "\n".join(lines) if lines else ""
+
+
+def _table(lines) -> str:
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    for path in write(Path(sys.argv[1])):
+        print(path)
