@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import sparsevlm
+from sparsevlm.cost import harness
 from sparsevlm.cost.clocks import WallClock, cpu_ms
 from sparsevlm.cost.harness import Harness
 from sparsevlm.cost.latency import measure
@@ -79,13 +80,17 @@ def test_every_setting_once_per_round_in_rotating_order(model, monkeypatch):
 
 
 def test_pruned_and_floor_take_turns_in_being_first(model, monkeypatch):
-    seen = []
-    original = Harness._time
+    seen, cuts = [], []
+    original, least = Harness._time, harness.floor
     monkeypatch.setattr(Harness, "_time", lambda self, c, n: (seen.append(n), original(self, c, n))[1])
-    harness = Harness(model, [("sparsevlm", 12, {})], make_prompt(model.config, 14, dtype=model.dtype), 1)
+    monkeypatch.setattr(harness, "floor", lambda net, lengths: (cuts.append(lengths), least(net, lengths))[1])
+    prompt = make_prompt(model.config, 14, dtype=model.dtype)
+    timed = Harness(model, [("sparsevlm", None, {"layers": (1, 4), "keep": (9, 3), "recycle": 0})], prompt, 1)
     for number in (0, 1):
-        harness.round(number, [1])
+        samples, failed = timed.round(number, [1])
+        assert not failed and samples[1].floor > 0 and samples[1].unpruned == samples[0].prefill
     assert seen == [1, 1, 0, 0, 1, 1]  # unpruned; pruned, floor | the second round begins with the pruned setting
+    assert cuts == [{2: 14 + 9, 5: 14 + 3}] * 2
 
 
 def test_a_slow_part_shows_where_it_is_and_nowhere_else(model, monkeypatch):
@@ -131,9 +136,19 @@ def test_cpu_time_is_the_operating_systems(model):
     hook.remove()
     assert row["prefill_ms"]["median"] / 1000 > SLOW > row["prefill_cpu_ms"]["median"] / 1000
     clock = WallClock()
+
+    def compute(*_):
+        start = time.process_time()
+        while time.process_time() < start + SLOW:
+            pass
+
+    hook = next(m for m in model.model.vision_tower.modules() if not list(m.children()))
+    hook = hook.register_forward_pre_hook(compute)
+    (row,) = measure(model, [("none", "full", {})], 14, repeats=2, warmup=0, decode_tokens=1)
+    hook.remove()
+    assert row["vision_ms"]["median"] / 1000 > SLOW > row["prefill_cpu_ms"]["median"] / 1000
     start = clock.mark()
-    while time.process_time() < start.cpu + SLOW:
-        pass
+    compute()
     end = clock.mark()
     assert clock.elapsed_ms(start, end) >= cpu_ms(start, end) * 0.99 >= 0.99 * SLOW * 1000
 

@@ -129,3 +129,21 @@ def test_processes_count_the_same(tmp_path, made):
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     for name in ("flops__t12.csv", "flops__t12.md"):
         assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
+
+
+def test_the_readme_quotes_the_reference():
+    table = [line for line in (REFERENCE / "flops__t118.md").read_text().splitlines() if line.startswith("|")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(readme) if "the paper's formula" in line)
+    quoted = [line for line in readme[start : start + 6]]
+    assert all(line in table for line in quoted) and quoted[2].startswith("| none | full | 4.62 |")
+    assert [line.split(" | ")[1] for line in quoted[3:]] == ["192", "128", "64"]
+
+
+@pytest.mark.slow
+def test_the_reference_is_what_the_code_counts():
+    found = json.loads((REFERENCE / "flops__t118.json").read_text())
+    (row,) = [r for r in found["rows"] if (r["method"], r["budget"], r["options"]) == ("sparsevlm", 192, {})
+              and r["model"] == "llava-1.5-7b"]  # fmt: skip
+    assert row["gmacs"] == pytest.approx(flops.count("llava-1.5-7b", "sparsevlm", 192, 118), rel=1e-5)  # as printed
+    assert flops_table.text(found, flops_table.UNCOUNTED) == (REFERENCE / "flops__t118.md").read_text()
