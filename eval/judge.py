@@ -69,6 +69,7 @@ class Judge:
                 f"the judge {self.model} at {self.url} does not answer ({type(error).__name__}: {one_line(error)}); "
                 f"check task.judge_url, task.judge and OPENAI_API_KEY, or give task.judge={EXACT_MATCH}"
             ) from error
+        self._broken = None
 
     def keep_in(self, file: Path) -> None:
         """Look replies up in this file of JSON lines, and write there all that are used from now on: a killed run asks

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import sparsevlm  # noqa: F401  # isort: skip  - before transformers
+
+from transformers import LlavaForConditionalGeneration
+
 from eval import evaluate
 from eval import judge as judging
+from eval import run as command_line
 from eval.run import main
 from tests import hub_layout
 from tests.eval.benchmarks import hub_cache
@@ -95,6 +100,19 @@ class TestWholeRuns:
             found["benchmark"]["judge"]["model"] == "exact_match"
             and "no published number" in found["benchmark"]["judge"]["note"]
         )
+
+
+def test_a_judge_that_fails_after_the_answers_costs_no_answer(run, judge, capfd, monkeypatch):
+    options = ["task.judge=stand-in", f"task.judge_url={judge.url}", "task.judge_timeout=5", "limit=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "reply", lambda messages: "yes" if len(messages[0]["content"]) < 50 else "who knows")
+        assert run("mmvet", *options) == 1
+    line = one_line(capfd)
+    assert "2 answers are kept" in line and "replied 'who knows', which is no score, about 'What is x?'" in line
+    assert all(name.startswith(".") for name in os.listdir("results/runs"))
+    monkeypatch.setattr(LlavaForConditionalGeneration, "generate", lambda *_, **__: pytest.fail("asked again"))
+    assert run("mmvet", *options) == 0
+    assert next(iter(metrics()["metrics"])) == "gpt_eval_score"
 
 
 class TestRefusals:
@@ -209,3 +227,21 @@ def encoded(picture) -> bytes:
     out = io.BytesIO()
     picture.save(out, format="JPEG", quality=90)
     return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "model", "tasks", "runs", "visual"),
+    [
+        ("paper_video", "video_llava_7b", 4, 24, 2056),
+        pytest.param("paper_image", "llava_1_5_7b", 10, 130, 576, marks=pytest.mark.slow),
+    ],
+)
+def test_the_papers_experiments_are_possible_runs(checkpoints, monkeypatch, experiment, model, tasks, runs, visual):
+    seen = []
+    monkeypatch.setenv("SPARSEVLM_JUDGE", "some-model")
+    monkeypatch.setattr(command_line, "run_series", lambda asked, command: seen.extend(asked) or 0)
+    assert main([f"experiment={experiment}", f"model.pretrained={checkpoints[model]}"]) == 0
+    assert len({r.run_id() for r in seen}) == runs and len({r.task for r in seen}) == tasks
+    assert {(r.model.name, r.model.prompt, r.model.dtype, r.n_visual) for r in seen} == {
+        (model, "vicuna_v1", "float16", visual)
+    }
