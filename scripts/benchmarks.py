@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from scripts.runs import ROWS_ONLY, BadRun, Run
 from scripts.summary import label
 
-# experiment=llava_1_5_7b_paper
-PAPER_SETTINGS = {"llava_1_5_7b": {"prompt": "vicuna_v1", "image_aspect_ratio": "pad"}, "video_llava_7b": {}}
+# experiment=llava_1_5_7b_paper, experiment=video_llava_7b_paper
+PAPER_SETTINGS = {
+    "llava_1_5_7b": {"prompt": "vicuna_v1", "image_aspect_ratio": "pad"},
+    "video_llava_7b": {"prompt": "vicuna_v1", "image_aspect_ratio": "crop"},
+}
 # Options of tasks with which the papers ask; another one keeps a run out of their tables.
 PAPER_TASKS = {"textvqa": {"ocr": True}, "mmbench": {"prompt": "llava"}}
 _DECODE_GMACS = (5.0, 9.0)  # of a 7B model, per token: 6.6 of its weights, the rest its attention to the prompt
@@ -81,6 +84,9 @@ def is_model(run: Run, model: str) -> bool:
             "give its model another name (model.name=...)"
         )
     return True
+
+
+JUDGED = (MMVET, *VIDEO)
 
 
 def as_in_the_papers(run: Run) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from scripts.benchmarks import (
     CONBENCH,
     GQA,
+    JUDGED,
     MMBENCH,
     MME,
     MMVET,
@@ -64,16 +65,16 @@ class Edition:
 
     def command(self, tasks: Iterable[str]) -> str:
         """What fills the table's gaps."""
-        limit = f" limit={self.limit}" if self.limit else ""
         return (
             f".venv/bin/python -m eval.run -m {self.experiment} method={','.join([UNPRUNED, *self.methods])} "
-            f"budget={','.join(map(str, self.budgets))} task={','.join(dict.fromkeys(tasks))}{limit}"
+            f"budget={','.join(map(str, self.budgets))} task={','.join(dict.fromkeys(tasks))}"
         )
 
 
 _BASELINES = ("tome", "fastv", "pyramiddrop", "sparsevlm")
 _LLAVA = ("llava_1_5_7b", "experiment=llava_1_5_7b_paper")
-_VIDEO = ("video_llava_7b", "model=video_llava_7b", VIDEO, ("fastv", "sparsevlm"))
+_VIDEO = ("video_llava_7b", "experiment=video_llava_7b_paper")
+_VIDEO_ROWS = (VIDEO, ("fastv", "sparsevlm"))
 EDITIONS = (
     Edition("table1_icml", "Table 1 of the ICML paper (v4): LLaVA-1.5-7B", ("SparseVLM", "v4", "Table 1"), *_LLAVA,
             (GQA, MMBENCH, MME, POPE, SCIENCEQA, SEEDBENCH, TEXTVQA, MMVET), _BASELINES, (192, 128, 64)),
@@ -81,9 +82,9 @@ EDITIONS = (
             (GQA, MMBENCH, MME, POPE, SCIENCEQA, VQAV2, TEXTVQA, CONBENCH), ("tome", "fastv", "sparsevlm"),
             (192, 128, 64)),
     Edition("video_icml", "Video table of the ICML paper (v4): Video-LLaVA-7B", ("SparseVLM", "v4", "Table 3"), *_VIDEO,
-            (194,), limit=1000),
+            *_VIDEO_ROWS, (194,), limit=1000),
     Edition("video_v1", "Video table of the first version (v1): Video-LLaVA-7B", ("SparseVLM", "v1", "Table 2"),
-            *_VIDEO, (135,)),
+            _VIDEO[0], f"{_VIDEO[1]} limit=null", *_VIDEO_ROWS, (135,)),
 )  # fmt: skip
 
 
@@ -220,4 +221,7 @@ def _caption(edition: Edition, kinds: Iterable[str], tasks: Sequence[str], other
         text += f" {others} runs with another prompt, padding or task option are in tables of their own."
     if tasks:
         text += f" What is missing: `{edition.command(tasks)}`"
+        judged = [b.label.split(" ")[0] for b in edition.benchmarks if b.task in tasks and b in JUDGED]
+        if judged:
+            text += f" ({', '.join(dict.fromkeys(judged))}: a language model judges, see `configs/task`)"
     return text

@@ -8,9 +8,11 @@ from pathlib import Path
 from statistics import fmean, median
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
 from scripts import make_tables, tables
+from scripts.benchmarks import PAPER_TASKS
 from scripts.paper_tables import EDITIONS, paper_table
 from scripts.published import look_up
 from scripts.runs import BadRun, read_runs
@@ -130,7 +132,7 @@ def test_a_longer_run_counts_before_a_shorter_one(tmp_path):
 
 
 def test_the_video_table_counts_the_papers_first_thousand(tmp_path):
-    video = {"name": "video_llava_7b", "pretrained": "video-llava-7b", "prompt": "hub", "image_aspect_ratio": "crop"}
+    video = {"name": "video_llava_7b", "pretrained": "video-llava-7b", "image_aspect_ratio": "crop"}
     scores = {"gpt_accuracy": 0.7, "gpt_score": 3.456}
     folders.benchmark_run(tmp_path, "msvd", scores, model=video, limit=1000, n=1000)
     assert rows(VIDEO, tmp_path)["none", "full"]["MSVD accuracy"] == ["70.0"]
@@ -262,3 +264,13 @@ def test_every_table_compiles(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and (tmp_path / "all.pdf").is_file(), done.stdout[-2000:]
     assert "Overfull" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "benchmark", {b.task: b for e in EDITIONS for b in e.benchmarks if b.published == "score"}.values()
+)
+def test_the_metrics_are_those_that_the_tasks_name_for_the_papers(benchmark):
+    task = yaml.safe_load((ROOT / "configs" / "task" / f"{benchmark.task}.yaml").read_text(encoding="utf-8"))
+    assert benchmark.metrics[0] == {task["metric"]: 100 if task["scale"] == "fraction" else 1}
+    wanted = PAPER_TASKS.get(benchmark.task, {})
+    assert {name: task[name] for name in wanted} == wanted
