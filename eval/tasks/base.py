@@ -111,6 +111,10 @@ class Task:
                 f"another endpoint than OpenAI's), or task.judge={EXACT_MATCH} for a score without one, which compares "
                 "with nothing published"
             )
+        if "@" in str(options.get("judge_url")):
+            raise UserError(
+                "task.judge_url holds a password, and would be written into the results; use OPENAI_API_KEY"
+            )
         return TaskSettings(self.name, 0, options)
 
     def headline(self, settings: TaskSettings) -> str:

@@ -22,6 +22,7 @@ from tenacity import stop_after_attempt
 
 from eval.errors import UserError, one_line
 from eval.judge import Judge, judge_of
+from eval.processes import alone
 from eval.tasks.base import Task, TaskSettings
 from eval.tasks.folders import FOLDER, cache_dir, hf_home
 from eval.tasks.generated import Generated
@@ -117,21 +118,24 @@ def load(task: Task, settings: TaskSettings, limit: int | None) -> Loaded:
         judge.check()
     logging.getLogger("datasets").setLevel(logging.ERROR)  # "Using the latest cached version", for every table
     try:
-        manager = _manager(task.folder)
-        shares = _shares(limit, len(task.lmms))
-        tasks = [
-            _task(manager, task, settings, name, share)
-            for name, share in zip(task.lmms, shares, strict=True)
-            if share != 0
-        ]
-        n = sum(len(t.eval_docs) for t in tasks)
-        if task.video:
-            for t in tasks:
-                check_videos(t)
+        with alone():  # lmms-eval would wait for the other processes, which wait for this one
+            manager = _manager(task.folder)
+            return _load(manager, task, settings, limit, judge)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"cannot load the task {task.name}: {_explain(error, task)}") from error
+
+
+def _load(manager: TaskManager, task: Task, settings: TaskSettings, limit: int | None, judge: Judge | None) -> Loaded:
+    shares = _shares(limit, len(task.lmms))
+    tasks = [
+        _task(manager, task, settings, name, share) for name, share in zip(task.lmms, shares, strict=True) if share != 0
+    ]
+    n = sum(len(t.eval_docs) for t in tasks)
+    if task.video:
+        for t in tasks:
+            check_videos(t)
     return Loaded(task, settings, tasks, manager, n, JUDGED_AT_ONCE if judge else 1, judge)
 
 

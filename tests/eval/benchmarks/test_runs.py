@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -245,3 +247,14 @@ def test_the_papers_experiments_are_possible_runs(checkpoints, monkeypatch, expe
     assert {(r.model.name, r.model.prompt, r.model.dtype, r.n_visual) for r in seen} == {
         (model, "vicuna_v1", "float16", visual)
     }
+
+
+@pytest.mark.slow
+def test_two_processes_on_videos(hub, checkpoints):
+    """lmms-eval waits for all processes when it has looked for videos, but only one of them looks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "eval.run"]
+    command += ["model=video_llava_7b", f"model.pretrained={checkpoints['video_llava_7b']}", "task=nextqa"]
+    command += ["max_new_tokens=2", "batch_size=1"]
+    environment = {**os.environ, "PYTHONPATH": str(command_line.CONFIGS.parent), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, timeout=240)
+    assert metrics()["n"] == 2
