@@ -6,6 +6,7 @@ the two against each other.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -138,6 +139,7 @@ def fvcore_gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Mapping
     analysis = FlopCountAnalysis(module, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     analysis.set_op_handle("aten::scaled_dot_product_attention", _sdpa_macs)
+    analysis.set_op_handle("aten::matmul", _matmul_macs)
     analysis.set_op_handle("aten::layer_norm", lambda inputs, outputs: 0)  # None would leave fvcore's own handle
     return {name: macs / 1e9 for name, macs in analysis.by_module().items()}
 
@@ -148,6 +150,13 @@ def _sdpa_macs(inputs, outputs) -> int:
 
     batch, heads, queries, width = get_shape(inputs[0])
     return batch * heads * queries * get_shape(inputs[1])[2] * (width + get_shape(inputs[2])[3])
+
+
+def _matmul_macs(inputs, outputs) -> int:
+    """Each entry of the product takes as many as the first factor is wide; fvcore's own handle ignores broadcasting."""
+    from fvcore.nn.jit_handles import get_shape
+
+    return math.prod(get_shape(outputs[0])) * get_shape(inputs[0])[-1]
 
 
 def torch_gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
