@@ -61,7 +61,8 @@ def mean_scores(rows: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [B, N].
     """
-    return (weights.to(rows.dtype)[:, None, None] @ rows).mean(1).squeeze(1)
+    weights = weights.to(rows.dtype)[:, None, None].expand(-1, rows.shape[1], -1, -1)
+    return (weights @ rows).mean(1).squeeze(1)
 
 
 def rank_by_score(scores: Tensor, valid: Tensor | None = None) -> Tensor:
