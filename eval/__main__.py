@@ -4,8 +4,9 @@
     python -m eval --model sparsevlm --model_args pretrained=mini,method=sparsevlm,budget=192,batch_size=8 \
         --tasks minivqa --limit 64 --output_path out --log_samples
 
-`python -m lmms_eval` takes the same arguments once this package is installed, but cannot start beside a CPU-only torch
-with the torchvision of PyPI, does not see our tasks without --include_path, and exits with 0 when a run fails.
+`python -m lmms_eval` (also of several processes) takes the same arguments once this package is installed, but cannot
+start beside a CPU-only torch with the torchvision of PyPI, does not see our tasks without --include_path, and exits
+with 0 when a run fails.
 """
 
 from __future__ import annotations

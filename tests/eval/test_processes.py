@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import sparsevlm  # noqa: F401  # isort: skip  - before lmms-eval
+
+from eval.lmms_model import SparseVLMAdapter
 from eval.run import CONFIGS
+from tests.eval.requests import make_documents, make_requests
 
 RUN = [sys.executable, "-m", "eval.run"]
 
@@ -106,10 +110,41 @@ def test_lmms_evals_command_line_fails_loudly(tmp_path, monkeypatch):
         main()
 
 
+PLAIN = "import sparsevlm, runpy; runpy.run_module('lmms_eval', run_name='__main__', alter_sys=True)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_lmms_evals_own_command_finds_the_plugin(tmp_path, processes):
+    """`python -m lmms_eval`, by the entry point alone; two processes share by lmms-eval's own rule.
+
+    sparsevlm is imported first because lmms-eval cannot start beside a CPU-only torch and PyPI's torchvision.
+    """
+    tmp_path.joinpath("plain.py").write_text(PLAIN)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    arguments = "pretrained=mini,method=random,budget=64,batch_size=2"
+    command = [sys.executable, *(launch if processes > 1 else []), "plain.py", "--model", "sparsevlm", "--model_args"]
+    command += [arguments, "--tasks", "few", "--include_path", str(own_task(tmp_path, 5)), "--output_path", "out"]
+    command += ["--log_samples"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    (results,) = (tmp_path / "out").rglob("*_results.json")
+    (samples,) = (tmp_path / "out").rglob("*_samples_few.jsonl")
+    lines = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert sorted(line["doc_id"] for line in lines) == list(range(5))
+    found = json.loads(results.read_text())["results"]["few"]["accuracy,none"]
+    assert found == pytest.approx(sum(line["accuracy"] for line in lines) / 5)
+    answers = {line["doc_id"]: line["filtered_resps"] for line in lines}
+    adapter = SparseVLMAdapter("mini", "random", 64)
+    documents = make_documents(5, seed=1)
+    adapter.task_dict["minivqa"] = {"test": documents}
+    expected = [r.text for r in adapter.generate_until(make_requests(documents))]
+    assert [answers[i] for i in range(5)] == expected
+
+
 def test_the_plugin_points_at_the_adapter():
     from importlib import import_module
 
-    from eval.lmms_model import SparseVLMAdapter
     from eval.plugin import manifests
 
     (manifest,) = manifests()
