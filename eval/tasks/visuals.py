@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from PIL import ImageFile
 
-from eval.tasks.video_qa.data import SUFFIXES
+from sparsevlm.models.videos import SUFFIXES
 
 _ID_COLUMNS = ("question_id", "index", "id", "qid", "image_id", "video_name", "video")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
-from sparsevlm.models.videos import read_frames, uniform
+from sparsevlm.models.videos import SUFFIXES, read_frames, uniform
 
 #: Longest side over shortest; beyond it, scaling the shortest side to the model's size would take gigabytes.
 MAX_ASPECT_RATIO = 200
@@ -54,12 +54,17 @@ def open_image(image: Image.Image | np.ndarray | str | Path, label: str) -> Imag
 
 
 def is_video(video) -> bool:
-    """Whether this is one video: a file, an array [T, H, W, 3] or a list of frames (rather than a list of videos)."""
+    """Whether this is one video: a file, an array [T, H, W, 3] or a list of frames (rather than a list of videos).
+
+    Files in a list are frames unless their names end as those of videos do.
+    """
     if isinstance(video, (str, Path)):
         return True
     if isinstance(video, (list, tuple)):
         first = video[0] if video else None
-        nested = isinstance(first, (list, tuple, str, Path))
+        nested = isinstance(first, (list, tuple)) or (
+            isinstance(first, (str, Path)) and Path(first).suffix.lower() in SUFFIXES
+        )
         return first is not None and not nested and getattr(first, "ndim", 3) == 3
     return getattr(video, "ndim", 0) == 4
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+#: How names of video files end.
+SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 #: Share of the frames a container announces that must be there; the last ones are often missing from sound files.
 COMPLETE = 0.97
 #: Above this number of frames the decoder jumps to the key frame before each wanted one.

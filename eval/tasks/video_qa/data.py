@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 from eval.tasks.folders import FOLDER, hf_home
+from sparsevlm.models.videos import SUFFIXES
 
 FOLDERS = {"tgif": "TGIF_Zero_Shot_QA", "msvd": "MSVD_Zero_Shot_QA", "msrvtt": "MSRVTT_Zero_Shot_QA"}
-SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 
 
 def default_folder(name: str) -> Path:
