@@ -126,8 +126,8 @@ def _length(run: Run) -> float:
 
 
 def limited(run: Run) -> bool:
-    """Whether a run asked only the first questions of its task."""
-    return run.config.get("limit") is not None
+    """Whether a run is not about all questions of its task: it asked only the first, or could not answer some."""
+    return run.config.get("limit") is not None or bool(run.metrics.get("excluded"))
 
 
 def left_out(runs: Iterable[Run], model: str) -> int:

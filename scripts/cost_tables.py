@@ -104,7 +104,8 @@ def efficiency_table(summary: Summary) -> Table:
         f"Efficiency: {group.task} on the model {group.model}, {group.n} questions, seed {group.seed}. "
         f"{embedded(group.model)}Mean visual tokens that enter and that leave a layer; memory of the KV cache and at "
         "the peak of the prefill; median times of image encoding, prefill of the language model and one decoded "
-        f"token; GFLOPs (2 per multiply-add) of the prefill. {NOT_RUN}: not measured; {where}. `make latency` measures."
+        f"token; GFLOPs (2 per multiply-add) of the prefill. {NOT_RUN}: not measured; {where}. "
+        "`python scripts/profile.py` measures them."
     )
     columns = ["method", "budget", "entering", "leaving", f"{summary.metric}{unit}", "retained %", "KV cache MB",
                "peak MB", "image ms", "prefill ms", "decode ms/token", "prefill GFLOPs"]  # fmt: skip

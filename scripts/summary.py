@@ -105,6 +105,11 @@ def _difference(scores: tuple, others: tuple) -> tuple[float, float, float]:
     return paired_difference(dict(scores), dict(others))
 
 
+def _excluded(metrics: dict) -> str:
+    """What a run could not answer, and therefore did not score, is said with its name."""
+    return f", {metrics['excluded']} questions excluded" if metrics.get("excluded") else ""
+
+
 def _latency_run(group: Group, runs: Iterable[Run]) -> Run | None:
     settings = {run.setting for run in group.runs}
     candidates = [r for r in runs if r.task == LATENCY and r.model == group.model]
@@ -122,7 +127,7 @@ def _row(run: Run, unpruned: Run | None, metric: str, scale: float, latency: Run
     value, interval = m["metrics"][metric]["value"], m["metrics"][metric]["ci95"]
     low, high = interval or (np.nan, np.nan)
     row = {
-        "method": label(m["method"], m["options"]),
+        "method": label(m["method"], m["options"]) + _excluded(m),
         "budget": m["budget"],
         "entering": m["tokens"]["entering"],
         "leaving": m["tokens"]["leaving"],

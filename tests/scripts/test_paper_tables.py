@@ -1,6 +1,7 @@
 """The paper's tables: our runs get into their cells and nowhere else, and what was not run says so."""
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -274,3 +275,11 @@ def test_the_metrics_are_those_that_the_tasks_name_for_the_papers(benchmark):
     assert benchmark.metrics[0] == {task["metric"]: 100 if task["scale"] == "fraction" else 1}
     wanted = PAPER_TASKS.get(benchmark.task, {})
     assert {name: task[name] for name in wanted} == wanted
+
+
+def test_a_run_that_left_questions_out_says_so_and_stays_out_of_averages(tmp_path):
+    folder = folders.benchmark_run(tmp_path, "gqa", {"exact_match": 0.6})
+    assert rows(ICML, tmp_path)["none", "full"]["GQA"] == ["60.0"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"excluded": 2}))
+    assert rows(ICML, tmp_path)["none", "full"]["GQA"] == ["60.0 (n=3)"]
