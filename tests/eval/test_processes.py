@@ -95,18 +95,18 @@ def test_lmms_evals_command_line(tmp_path, monkeypatch, capfd):
 @pytest.mark.slow
 def test_lmms_evals_command_line_fails_loudly(tmp_path, monkeypatch):
     from eval.__main__ import main
-    from eval.lmms_model import GenerationError, SparseVLMAdapter
+    from eval.asking import Asker, GenerationError
 
-    def fails(self, batch, trace):
+    def fails(*arguments):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(SparseVLMAdapter, "_generate", fails)
+    monkeypatch.setattr(Asker, "_generate", fails)
     monkeypatch.setattr(
         sys, "argv",
         ["lmms-eval", "--model", "sparsevlm", "--model_args", "pretrained=mini", "--tasks", "few", "--limit", "2",
          "--include_path", str(own_task(tmp_path))],
     )  # fmt: skip
-    with pytest.raises(GenerationError, match="task few, documents"):
+    with pytest.raises(GenerationError, match="task few, document"):
         main()
 
 
