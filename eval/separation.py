@@ -28,9 +28,11 @@ from PIL import Image
 
 from eval import environment
 from eval.controls import Oracle, Saliency
+from eval.settings import fingerprint
 from eval.tasks.minivqa.dataset import VERSION, rows
 from eval.tasks.minivqa.utils import normalise
 from sparsevlm.methods.base import Method
+from sparsevlm.models.checkpoint import find_checkpoint
 
 BUDGETS = (192, 128, 64, 32, 16)
 _CONTROLS = {"oracle": Oracle, "saliency": Saliency}
@@ -175,12 +177,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         names = options.methods.split(",") if options.methods else None
         todo = settings(names, [int(b) for b in options.budgets.split(",")])
+        weights = fingerprint(find_checkpoint(options.model))
         model, processor = sparsevlm.load(options.model)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    state = hashlib.sha256(b"".join(p.detach().float().numpy().tobytes() for p in model.parameters())).hexdigest()[:16]
-    identity = {"model": Path(options.model).name, "weights": state, "task": f"minivqa v{VERSION}"}
+    identity = {"model": Path(options.model).name, "weights": weights, "task": f"minivqa v{VERSION}"}
     identity |= {"seed": options.seed, "questions": options.questions}
     try:
         run(model, processor, todo, options.out, identity, options.batch)

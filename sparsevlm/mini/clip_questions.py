@@ -3,7 +3,7 @@
 import numpy as np
 
 from sparsevlm.mini.clips import ClipObject
-from sparsevlm.mini.questions import Question
+from sparsevlm.mini.questions import Question, make_question
 from sparsevlm.mini.vocabulary import CLASSES, COLORS
 
 TYPES = ("digit_of_color", "shape_of_color", "exist", "first_or_last", "order", "motion")
@@ -15,7 +15,7 @@ def candidates(objects: list[ClipObject], rng: np.random.RandomState) -> dict[st
     """All questions about a clip by type (of ``exist`` two drawn ones), in ``TYPES`` order; each has one answer."""
     of_color = {
         name: [
-            _question(name, f"what {noun} is {COLORS[obj.color]} ?", CLASSES[obj.kind], [i])
+            make_question(name, f"what {noun} is {COLORS[obj.color]} ?", CLASSES[obj.kind], [i])
             for i, obj in enumerate(objects)
             if obj.is_digit == (noun == "digit")
         ]
@@ -27,7 +27,7 @@ def candidates(objects: list[ClipObject], rng: np.random.RandomState) -> dict[st
         "first_or_last": _first_or_last(objects),
         "order": _order(objects),
         "motion": [
-            _question("motion", f"where is the {_name(obj)} moving ?", obj.direction, [i])
+            make_question("motion", f"where is the {_name(obj)} moving ?", obj.direction, [i])
             for i, obj in enumerate(objects)
             if obj.direction
         ],
@@ -40,10 +40,6 @@ def draw(objects: list[ClipObject], count: int, rng: np.random.RandomState) -> l
     weights = np.array([TRAINING_WEIGHTS.get(name, 1.0) for name in pools])
     types = rng.choice(list(pools), count, p=weights / weights.sum())
     return [pools[name][rng.randint(len(pools[name]))] for name in types]
-
-
-def _question(type_: str, text: str, answer: str, targets: list[int]) -> Question:
-    return Question(type_, tuple(text.split()), (answer,), tuple(targets))
 
 
 def _name(obj: ClipObject) -> str:
@@ -61,7 +57,7 @@ def _exist(objects, answer: str, rng) -> Question:
     targets = [i for i, obj in enumerate(objects) if obj.kind == kind or obj.color == color]
     if answer == "yes":
         targets = [i for i in targets if (objects[i].kind, objects[i].color) == (kind, color)]
-    return _question("exist", f"is there a {COLORS[color]} {CLASSES[kind]} ?", answer, targets)
+    return make_question("exist", f"is there a {COLORS[color]} {CLASSES[kind]} ?", answer, targets)
 
 
 def _first_or_last(objects) -> list[Question]:
@@ -76,7 +72,7 @@ def _first_or_last(objects) -> list[Question]:
             if start != next_start:
                 (target,) = (i for i in among if objects[i].start == start)
                 found.append(
-                    _question("first_or_last", f"what {noun} is {word} ?", CLASSES[objects[target].kind], among)
+                    make_question("first_or_last", f"what {noun} is {word} ?", CLASSES[objects[target].kind], among)
                 )
     return found
 
@@ -84,7 +80,7 @@ def _first_or_last(objects) -> list[Question]:
 def _order(objects) -> list[Question]:
     """Does one object appear before another? Both ways round, so that yes and no are equally frequent."""
     return [
-        _question("order", f"is {_name(a)} before {_name(b)} ?", "yes" if a.start < b.start else "no", [i, j])
+        make_question("order", f"is {_name(a)} before {_name(b)} ?", "yes" if a.start < b.start else "no", [i, j])
         for i, a in enumerate(objects)
         for j, b in enumerate(objects)
         if a.start != b.start

@@ -139,8 +139,8 @@ class Answering:
         """``[B, questions * 12, words]``"""
         return self._run(batch, visual)[0]
 
-    def _run(self, batch, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits of the questions, and the visual tokens in the middle layer ``[B, visual tokens, 192]``."""
+    def _run(self, batch, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logits of the questions and, for clips, the visual tokens in the middle layer ``[B, 520, 192]``."""
         model, ids = self.model, batch["ids"]
         language_model, device = model.model.language_model, ids.device
         with self._autocast(device):
@@ -152,10 +152,13 @@ class Answering:
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=False,
-                output_hidden_states=True,
+                output_hidden_states="times" in batch,
             )
-            middle = output.hidden_states[len(language_model.layers) // 2][:, len(PREFIX) : -ids.shape[1]]
-            return model.lm_head(output.last_hidden_state[:, -ids.shape[1] :]).float(), middle.float()
+            logits = model.lm_head(output.last_hidden_state[:, -ids.shape[1] :]).float()
+        if "times" not in batch:
+            return logits, None
+        middle = output.hidden_states[len(language_model.layers) // 2][:, len(PREFIX) : -ids.shape[1]]
+        return logits, middle.float()
 
 
 def block_layout(shared: int, blocks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

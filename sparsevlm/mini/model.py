@@ -22,6 +22,13 @@ from sparsevlm.mini.clips import GRID as CLIP_GRID
 from sparsevlm.mini.scenes import GRID, PATCH
 from sparsevlm.mini.vocabulary import BOS, EOS, IMAGE, PAD, VIDEO, VIDEO_VOCAB_SIZE, VOCAB_SIZE, WORD_ID, WORDS
 
+_PROJECTION = {
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "default",
+    "projector_hidden_act": "gelu",
+    "tie_word_embeddings": False,
+}
+
 
 def build_config() -> LlavaConfig:
     """Configuration of the embedded model: 168 x 168 pixels, 24 x 24 visual tokens, 6.2 M parameters."""
@@ -55,10 +62,7 @@ def build_config() -> LlavaConfig:
         text_config=text,
         image_token_index=WORD_ID[IMAGE],
         image_seq_length=GRID * GRID,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=False,
+        **_PROJECTION,
     )
 
 
@@ -109,10 +113,7 @@ def build_video_config() -> VideoLlavaConfig:
         video_token_index=WORD_ID[VIDEO],
         image_seq_length=CLIP_GRID * CLIP_GRID,
         video_seq_length=FRAMES * FRAME_TOKENS,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=False,
+        **_PROJECTION,
     )
 
 

@@ -60,19 +60,19 @@ def candidates(objects: list[SceneObject], rng: np.random.RandomState) -> dict[s
     shapes = [i for i, obj in enumerate(objects) if not obj.is_digit]
     found = {
         "digit_of_color": [
-            _question("digit_of_color", f"what digit is {COLORS[color]} ?", CLASSES[objects[i].kind], [i])
+            make_question("digit_of_color", f"what digit is {COLORS[color]} ?", CLASSES[objects[i].kind], [i])
             for color, i in _unique((objects[i].color, i) for i in digits)
         ],
         "color_of_digit": [
-            _question("color_of_digit", f"what color is the {CLASSES[kind]} ?", COLORS[objects[i].color], [i])
+            make_question("color_of_digit", f"what color is the {CLASSES[kind]} ?", COLORS[objects[i].color], [i])
             for kind, i in _unique((objects[i].kind, i) for i in digits)
         ],
         "shape_of_color": [
-            _question("shape_of_color", f"what shape is {COLORS[color]} ?", CLASSES[objects[i].kind], [i])
+            make_question("shape_of_color", f"what shape is {COLORS[color]} ?", CLASSES[objects[i].kind], [i])
             for color, i in _unique((objects[i].color, i) for i in shapes)
         ],
         "color_of_shape": [
-            _question("color_of_shape", f"what color is the {CLASSES[kind]} ?", COLORS[objects[i].color], [i])
+            make_question("color_of_shape", f"what color is the {CLASSES[kind]} ?", COLORS[objects[i].color], [i])
             for kind, i in _unique((objects[i].kind, i) for i in shapes)
         ],
         "exist": _exist(objects, rng),
@@ -96,7 +96,8 @@ def draw(objects: list[SceneObject], count: int, rng: np.random.RandomState) -> 
     return drawn
 
 
-def _question(type_: str, text: str, answer: str, targets: list[int]) -> Question:
+def make_question(type_: str, text: str, answer: str, targets: list[int]) -> Question:
+    """A question from its text and its answer, words separated by spaces."""
     return Question(type_, tuple(text.split()), tuple(answer.split()), tuple(targets))
 
 
@@ -131,7 +132,7 @@ def _exist(objects, rng) -> list[Question]:
             if (kind, color) in present:
                 continue
             targets = [q for q, obj in enumerate(objects) if obj.kind == kind or obj.color == color]
-        found.append(_question("exist", f"is there a {COLORS[color]} {CLASSES[kind]} ?", answer, targets))
+        found.append(make_question("exist", f"is there a {COLORS[color]} {CLASSES[kind]} ?", answer, targets))
     return found
 
 
@@ -149,7 +150,7 @@ def _count(objects, rng) -> list[Question]:
             kind = objects[rng.randint(len(objects))].kind if of_one_present else rng.randint(len(CLASSES))
             name, targets = CLASSES[kind], [q for q, obj in enumerate(objects) if obj.kind == kind]
         if len(targets) < len(DIGITS):
-            found.append(_question("count", f"how many {name} objects ?", DIGITS[len(targets)], targets))
+            found.append(make_question("count", f"how many {name} objects ?", DIGITS[len(targets)], targets))
     return found
 
 
@@ -160,7 +161,7 @@ def _beside(objects) -> list[Question]:
         same = sum((other.kind, other.color) == (obj.kind, obj.color) for other in objects)
         if obj.neighbour is not None and same == 1:
             text = f"what digit is beside the {COLORS[obj.color]} {CLASSES[obj.kind]} ?"
-            found.append(_question("beside", text, CLASSES[objects[obj.neighbour].kind], [i, obj.neighbour]))
+            found.append(make_question("beside", text, CLASSES[objects[obj.neighbour].kind], [i, obj.neighbour]))
     return found
 
 
@@ -171,5 +172,5 @@ def _read(objects) -> list[Question]:
         same = sum(other.second_digit is not None and other.color == obj.color for other in objects)
         if obj.second_digit is not None and same == 1:
             answer = f"{CLASSES[obj.kind]} {CLASSES[objects[obj.second_digit].kind]}"
-            found.append(_question("read", f"read the {COLORS[obj.color]} number ?", answer, [i, obj.second_digit]))
+            found.append(make_question("read", f"read the {COLORS[obj.color]} number ?", answer, [i, obj.second_digit]))
     return found

@@ -20,12 +20,12 @@ from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.masks import FixedMask, SegmentMasks
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.prompt import Prompt
-from sparsevlm.runtime.rows import Block, column, first_rows
+from sparsevlm.runtime.rows import Block, HasRows, column, first_rows
 from sparsevlm.runtime.stage import Handed, Stage
 from sparsevlm.runtime.trace import PrefillRecord, StageRecord
 
 
-class Prefill:
+class Prefill(HasRows):
     """State of one such forward; everything describes the sequence as it enters the layer being computed.
 
     How many rows each sample has is known to the host, so no device value is waited for.
@@ -77,11 +77,6 @@ class Prefill:
         return self.rows.length
 
     @property
-    def n_visual(self) -> list[int]:
-        """Visual tokens per sample (0: the sample is left alone)."""
-        return self.rows.n_visual
-
-    @property
     def rope(self) -> tuple[Tensor, Tensor]:
         """cos, sin [1 or B, L, d] of the current rows."""
         return self.call_rope if self.tables is None else self.tables.chunk(2, -1)
@@ -90,16 +85,6 @@ class Prefill:
     def call_tables(self) -> Tensor:
         """[1 or B, L0, 2 d] cos and sin of the call's rows side by side, to be gathered in one go."""
         return torch.cat(self.call_rope, -1)
-
-    @property
-    def visual_index(self) -> Tensor:
-        """[B, V] int64, rows of the visual tokens, V = the largest number of a sample."""
-        return self.rows.index
-
-    @property
-    def visual_valid(self) -> Tensor | None:
-        """[B, V] bool, which entries of `visual_index` are real; None = all."""
-        return self.rows.valid
 
     @property
     def visual_flag(self) -> Tensor:

@@ -261,6 +261,31 @@ class Scattered:
         return key, hidden, rows, real
 
 
+class HasRows:
+    """What methods are told of `rows`, at a stage and in a prefill.
+
+    Attributes:
+        rows: where the visual tokens are now.
+    """
+
+    rows: Block | Scattered
+
+    @property
+    def n_visual(self) -> list[int]:
+        """Visual tokens per sample (0: the sample is left alone)."""
+        return self.rows.n_visual
+
+    @property
+    def visual_index(self) -> Tensor:
+        """[B, V] int64, rows of the visual tokens, V = the largest number of a sample."""
+        return self.rows.index
+
+    @property
+    def visual_valid(self) -> Tensor | None:
+        """[B, V] bool, which entries of `visual_index` are real; None = all."""
+        return self.rows.valid
+
+
 def column(values: list[int], device: torch.device) -> Tensor:
     """[B, 1] int64 of per-sample host values."""
     return torch.tensor(values, device=device)[:, None]

@@ -12,10 +12,10 @@ from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.scores import attention_rows
 from sparsevlm.runtime.cache_state import extended, state_of
 from sparsevlm.runtime.parts import part
+from sparsevlm.runtime.rows import Block, HasRows, Scattered
 
 if TYPE_CHECKING:
     from sparsevlm.runtime.prefill import Prefill
-    from sparsevlm.runtime.rows import Block, Scattered
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Handed:
 
 
 @dataclass
-class Stage:
+class Stage(HasRows):
     """One pruning point of one prefill.
 
     Attributes:
@@ -76,21 +76,6 @@ class Stage:
     hidden: Tensor
     rows: Block | Scattered
     computed: ModuleInputs | None = field(default=None, init=False, repr=False)
-
-    @property
-    def n_visual(self) -> list[int]:
-        """Visual tokens that enter, per sample."""
-        return self.rows.n_visual
-
-    @property
-    def visual_index(self) -> Tensor:
-        """[B, V] int64, their positions in `hidden`, V = the largest count."""
-        return self.rows.index
-
-    @property
-    def visual_valid(self) -> Tensor | None:
-        """[B, V] bool, which of these are real; None = all."""
-        return self.rows.valid
 
     def visual(self) -> Tensor:
         """[B, V, D] states of the visual tokens."""

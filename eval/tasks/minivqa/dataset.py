@@ -48,25 +48,42 @@ def rows(seed: int, n: int) -> Iterator[dict]:
         ``question_type`` (str), ``target_patches`` (list of int: row-major indices on the 24 x 24 grid of the patches
         that the objects deciding the answer cover).
     """
-    generator = SceneGenerator("test")
+    drawn = draw_questions(SceneGenerator("test"), questions, _STREAM, seed, n)
+    for i, (scene, question, text) in enumerate(drawn):
+        picture, patches = as_png(scene.image), scene.patches_of(question.targets)
+        yield {"question_id": i, "image": picture, **text, "target_patches": patches}
+
+
+def draw_questions(generator, asked, stream: int, seed: int, n: int) -> Iterator[tuple]:
+    """The first ``n`` questions of a seed, the types of question in turn.
+
+    Args:
+        generator: ``draw(rng)`` gives a scene or clip, with ``objects``.
+        asked: the module with ``TYPES`` and ``candidates(objects, rng)``.
+        stream: keeps the random streams of a task apart from others.
+        seed: which set of questions.
+        n: how many.
+
+    Yields:
+        The scene or clip, the :class:`~sparsevlm.mini.questions.Question`, and its columns of text.
+    """
     for i in range(n):
-        rng = np.random.RandomState([_STREAM, seed, i])
-        type_ = questions.TYPES[i % len(questions.TYPES)]
+        rng = np.random.RandomState([stream, seed, i])
+        type_ = asked.TYPES[i % len(asked.TYPES)]
         found: list[questions.Question] = []
         while not found:
             scene = generator.draw(rng)
-            found = questions.candidates(scene.objects, rng)[type_]
+            found = asked.candidates(scene.objects, rng)[type_]
         question = found[rng.randint(len(found))]
-        png = io.BytesIO()
-        Image.fromarray(scene.image).save(png, format="PNG", compress_level=1)
-        yield {
-            "question_id": i,
-            "image": {"bytes": png.getvalue(), "path": None},
-            "question": question.text,
-            "answer": question.answer_text,
-            "question_type": question.type,
-            "target_patches": scene.patches_of(question.targets),
-        }
+        text = {"question": question.text, "answer": question.answer_text, "question_type": question.type}
+        yield scene, question, text
+
+
+def as_png(image: np.ndarray) -> dict:
+    """A picture, uint8 ``[H, W, 3]``, as ``datasets`` stores it."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG", compress_level=1)
+    return {"bytes": file.getvalue(), "path": None}
 
 
 def build_dataset(seed: int = DEFAULT_SEED, n: int = DEFAULT_N, cache_dir: str | Path = DEFAULT_DIR) -> Path:

@@ -3,12 +3,8 @@
 See :mod:`eval.tasks.minivqa.dataset` for its use.
 """
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from eval.tasks.minivqa import dataset as pictures
 from sparsevlm.mini import clip_questions
@@ -32,23 +28,10 @@ def rows(seed: int, n: int) -> Iterator[dict]:
         ``answer``, ``question_type`` (str), ``target_tokens`` (list of int, 0 to 519: the visual tokens, 65 per frame,
         that the objects deciding the answer cover).
     """
-    generator = ClipGenerator("test")
-    for i in range(n):
-        rng = np.random.RandomState([_STREAM, seed, i])
-        type_ = clip_questions.TYPES[i % len(clip_questions.TYPES)]
-        found: list[clip_questions.Question] = []
-        while not found:
-            clip = generator.draw(rng)
-            found = clip_questions.candidates(clip.objects, rng)[type_]
-        question = found[rng.randint(len(found))]
-        yield {
-            "question_id": i,
-            "frames": [{"bytes": _png(frame), "path": None} for frame in clip.frames],
-            "question": question.text,
-            "answer": question.answer_text,
-            "question_type": question.type,
-            "target_tokens": clip.tokens_of(question.targets),
-        }
+    drawn = pictures.draw_questions(ClipGenerator("test"), clip_questions, _STREAM, seed, n)
+    for i, (clip, question, text) in enumerate(drawn):
+        frames, tokens = [pictures.as_png(frame) for frame in clip.frames], clip.tokens_of(question.targets)
+        yield {"question_id": i, "frames": frames, **text, "target_tokens": tokens}
 
 
 def build_dataset(seed: int = 0, n: int = DEFAULT_N, cache_dir: str | Path = DEFAULT_DIR) -> Path:
@@ -59,9 +42,3 @@ def build_dataset(seed: int = 0, n: int = DEFAULT_N, cache_dir: str | Path = DEF
     folder = Path(cache_dir) / f"v{VERSION}-seed{seed}-n{n}"
     columns = {"frames": List(ImageFeature()), "target_tokens": List(Value("int32"))}
     return pictures.write_questions("minivqa_video", folder, rows, columns, seed, n)
-
-
-def _png(frame: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, format="PNG", compress_level=1)
-    return file.getvalue()
