@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsevlm.methods.random import Random
-from sparsevlm.methods.sparsevlm import SparseVLM
-from sparsevlm.runtime.prefill import Prefill
+from sparsevlm.methods.sparsevlm import SparseVLM, attention_received
 from sparsevlm.runtime.stage import Stage
 
 
@@ -45,15 +44,5 @@ class Saliency(SparseVLM):
 
     name: ClassVar[str] = "saliency"
 
-    def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
-        """No raters."""
-
     def score(self, stage: Stage) -> Tensor:
-        length = stage.hidden.shape[1]
-        rows = stage.attention(length).mean(1)  # [B, L, S]: small models only
-        rows = stage.visual_columns(rows)
-        index = stage.visual_index[..., None].expand(-1, -1, rows.shape[-1])
-        received = rows.gather(1, index)
-        if stage.visual_valid is not None:
-            received = received * stage.visual_valid[..., None]
-        return received.sum(1)
+        return attention_received(stage)[1]

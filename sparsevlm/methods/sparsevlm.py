@@ -36,6 +36,24 @@ from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
 
+EVERY_TOKEN = "tokens"
+
+
+def attention_received(stage: Stage) -> tuple[Tensor, Tensor]:
+    """Attention that each visual token receives from the raters and from all visual tokens, mean over heads.
+
+    Returns:
+        [B, V] each, float32: sums over the tokens that pay it.
+    """
+    length = stage.hidden.shape[1]
+    rows = stage.visual_columns(stage.attention(length).mean(1))  # [B, L, V]
+    raters = (stage.prefill.weights > 0).to(rows.dtype)
+    from_text = (rows[:, -raters.shape[1] :] * raters[..., None]).sum(1)
+    from_visual = rows.gather(1, stage.visual_index[..., None].expand(-1, -1, rows.shape[-1]))
+    if stage.visual_valid is not None:
+        from_visual = from_visual * stage.visual_valid[..., None]
+    return from_text, from_visual.sum(1)
+
 
 @dataclass
 class SparseVLM(Method):
@@ -45,7 +63,9 @@ class SparseVLM(Method):
         layers: 0-based layers on whose output pruning acts; None = 2, 6, 15 of 32, scaled to the model's depth.
         keep: visual tokens kept at each of them, instead of a budget; recycled tokens come on top.
         raters: "paper" (authors' strict mean), "all" text tokens, "centred" (after subtracting the mean visual
-            embedding) or "last" (the last text token).
+            embedding), "last" (the last text token) or "tokens": every token, visual ones too, the baseline of the
+            paper's Figure 5 (sums then, not means: the order is the same). That one needs the attention of all rows,
+            B x heads x L x L: for ablations only.
         recycle: share of the dropped tokens that is recycled (tau of eq. 8); 0 = plain pruning.
         cluster: recycled tokens per pooled token (theta of eq. 9).
         merge: "mean" of a cluster (the code) or "sum" (eq. 10).
@@ -78,7 +98,7 @@ class SparseVLM(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.layers, self.keep = int_tuple(self.layers, "layers"), int_tuple(self.keep, "keep")
-        one_of(self.raters, RULES, "rater rule")
+        one_of(self.raters, (*RULES, EVERY_TOKEN), "rater rule")
         one_of(self.merge, ("mean", "sum"), "merge")
         one_of(self.positions, ("renumber", "original"), "positions")
         one_of(self.recycled_at, ("end", "centre"), "recycled_at")
@@ -108,9 +128,13 @@ class SparseVLM(Method):
             return
         visual = take(embeddings, prefill.visual_index)
         text = embeddings[:, -prefill.tail :]
-        prefill.set_raters(select_raters(visual, text, prefill.visual_valid, prefill.text_valid, self.raters))
+        rule = "all" if self.raters == EVERY_TOKEN else self.raters
+        prefill.set_raters(select_raters(visual, text, prefill.visual_valid, prefill.text_valid, rule))
 
     def score(self, stage: Stage) -> Tensor:
+        if self.raters == EVERY_TOKEN:
+            from_text, from_visual = attention_received(stage)
+            return from_text + from_visual
         rows = stage.attention(stage.prefill.tail)
         return stage.visual_columns(mean_scores(rows, stage.prefill.weights))
 

@@ -64,6 +64,24 @@ def test_first_turn(family, config, layout, options):
 
 
 @pytest.mark.parametrize("options", EARLY_DROP)
+@pytest.mark.parametrize("layout", ["one", "batch", "multi"])
+@pytest.mark.parametrize("family,config", FAMILIES[:5])
+@torch.no_grad()
+def test_every_token_rates(family, config, layout, options):
+    """Visual tokens and all text behind them, of each sample its own."""
+    model = llava(family, "eager", **config)
+    x, _ = inputs(layout, model)
+    attention = full_attention(model, x)
+    with method("tokens", **options)(model) as trace:
+        model(**x)
+    record = trace.prefills[0]
+    for b, got in enumerate(record.stages[0].scores):
+        columns = (x["input_ids"][b] == IMAGE).nonzero()[:, 0]
+        rating = torch.cat([columns, record.raters[b]])
+        same(got, attention[b][:, rating][..., columns].mean(0).sum(0), 1e-5)
+
+
+@pytest.mark.parametrize("options", EARLY_DROP)
 @pytest.mark.parametrize("family,config", FAMILIES)
 @torch.no_grad()
 def test_new_image_on_a_cache(family, config, options):
