@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from eval.errors import UserError, unknown
 from eval.tasks.base import Task, TaskSettings
 from eval.tasks.folders import cache_dir
 from eval.tasks.minivqa import dataset as minivqa
+from eval.tasks.minivqa_video import dataset as minivqa_video
 
 
 @dataclass(frozen=True)
 class Generated(Task):
-    """A task with a seed."""
+    """A task with a seed.
+
+    Attributes:
+        build: (seed, questions, folder for such data) -> the folder that holds the task's questions, made if need be.
+    """
+
+    build: Callable[[int, int, Path], Path] = minivqa.build_dataset
 
     def questions(self, limit: int | None) -> int:
         return self.size if limit is None else limit
@@ -37,7 +45,7 @@ class Generated(Task):
 
     def prepare(self, seed: int, n: int) -> dict:
         """For lmms-eval's `tasks=[...]`; makes the data if need be."""
-        return minivqa.task_override(minivqa.build_dataset(seed, n, cache_dir() / "minivqa"))
+        return minivqa.task_override(self.build(seed, n, cache_dir() / self.name), self.name)
 
 
 GENERATED = (
@@ -48,5 +56,14 @@ GENERATED = (
         size=minivqa.DEFAULT_N,
         metrics={"accuracy": "fraction"},
         version=minivqa.VERSION,
+    ),
+    Generated(
+        name="minivqa_video",
+        lmms=("minivqa_video",),
+        folder="own:minivqa_video",
+        size=minivqa_video.DEFAULT_N,
+        metrics={"accuracy": "fraction"},
+        version=minivqa_video.VERSION,
+        build=minivqa_video.build_dataset,
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 from PIL import ImageFile
 
 from sparsevlm.models.videos import SUFFIXES
@@ -30,7 +31,7 @@ def visuals(request, documents: Mapping) -> tuple[list, list]:
         documents: task -> split -> documents.
 
     Returns:
-        (pictures, files of videos), in the task's order.
+        (pictures, videos), in the task's order; a video is a file, or its frames uint8 ``[T, H, W, 3]``.
 
     Raises:
         ValueError: a picture is damaged or a video missing; the message names the question.
@@ -46,6 +47,8 @@ def visuals(request, documents: Mapping) -> tuple[list, list]:
 
 
 def _is_video(visual) -> bool:
+    if isinstance(visual, np.ndarray):
+        return visual.ndim == 4
     return isinstance(visual, str) and visual.lower().endswith(SUFFIXES)
 
 

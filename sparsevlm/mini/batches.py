@@ -11,7 +11,7 @@ from sparsevlm.mini import clip_questions, questions
 from sparsevlm.mini.clips import ClipGenerator
 from sparsevlm.mini.hub import MEAN, STD
 from sparsevlm.mini.questions import Question
-from sparsevlm.mini.scenes import GRID, NO_CLASS, PATCH, Scene, SceneGenerator
+from sparsevlm.mini.scenes import GRID, NO_CLASS, NO_COLOR, PATCH, Scene, SceneGenerator, SceneObject
 from sparsevlm.mini.vocabulary import EOS, WORD_ID
 
 #: Tokens per packed question: the longest question, its prompt and answer take 11.
@@ -20,6 +20,8 @@ PREFIX = tuple(WORD_ID[word] for word in ("<s>", "user", ":"))
 SUFFIX = ("assistant", ":")
 #: Weight of a target: an answer, the end after it, and the answer foretold at the question's last words.
 ANSWER_WEIGHT, END_WEIGHT, FORETOLD_WEIGHT = 1.0, 0.1, 0.4
+#: Highest place in reading order that has a label of its own.
+RANKS = 9
 _TRAIN_STREAM, _TEST_STREAM = 0x7261, 0x7465
 
 
@@ -65,8 +67,11 @@ class SceneBatches(_Batches):
 
     ``pixels`` float32 ``[B, 3, 7g, 7g]``, ``positions`` int64 ``[B, g*g]`` (where the window lies on the 24 x 24 grid),
     ``classes`` and ``colors`` int64 ``[B, g*g]``, ``centers`` float32 ``[B, g*g]`` (1 where a patch holds the middle of
-    an object); with questions also ``ids``, ``targets`` int64 and ``weights``
-    float32 ``[B, questions * 12]`` and ``types`` int64 ``[B, questions]`` (indices into ``questions.TYPES``).
+    an object), ``left_classes``, ``left_colors`` int64 ``[B, g*g]`` (of what the patch's object has at its left side;
+    ``NO_CLASS`` and ``NO_COLOR`` if nothing, -100 on the background), ``color_ranks``, ``class_ranks`` int64
+    ``[B, g*g]`` (at the middle of an object: how many of its colour and sort, or of its class, come before it in
+    reading order; -100 elsewhere); with questions also ``ids``, ``targets`` int64 and ``weights`` float32
+    ``[B, questions * 12]`` and ``types`` int64 ``[B, questions]`` (indices into ``questions.TYPES``).
     """
 
     types = questions.TYPES
@@ -82,7 +87,8 @@ class SceneBatches(_Batches):
             "positions": ((row + top) * GRID + column + left).reshape(-1),
             "classes": scene.class_map.reshape(-1),
             "colors": scene.color_map.reshape(-1),
-            "centers": _centers(scene, grid),
+            "centers": _centers(scene),
+            **_relations(scene),
         }
         if self.shape.questions:
             drawn = questions.draw(scene.objects, self.shape.questions, rng)
@@ -110,11 +116,37 @@ class ClipBatches(_Batches):
         return {"pixels": clip.frames} | labels | _pack(drawn, self.types)
 
 
-def _centers(scene: Scene, grid: int) -> np.ndarray:
-    centers = np.zeros((grid, grid), np.float32)
-    for obj in scene.objects:
-        centers[(2 * obj.y + obj.size) // (2 * PATCH), (2 * obj.x + obj.size) // (2 * PATCH)] = 1
-    return centers.reshape(-1)
+def _center(obj: SceneObject, grid: int) -> int:
+    """The patch that holds the middle of an object."""
+    row, column = ((2 * start + obj.size) // (2 * PATCH) for start in (obj.y, obj.x))
+    return row * grid + column
+
+
+def _centers(scene: Scene) -> np.ndarray:
+    grid = len(scene.object_map)
+    centers = np.zeros(grid * grid, np.float32)
+    centers[[_center(obj, grid) for obj in scene.objects]] = 1
+    return centers
+
+
+def _relations(scene: Scene) -> dict[str, np.ndarray]:
+    """What a patch's object stands to the right of, and which of its kind it is in reading order; -100: no label."""
+    objects, patches = scene.objects, scene.object_map.size
+    labels = {name: np.full(patches, -100) for name in ("left_classes", "left_colors", "color_ranks", "class_ranks")}
+    of_patch = scene.object_map.reshape(-1)
+    labels["left_classes"][of_patch >= 0], labels["left_colors"][of_patch >= 0] = NO_CLASS, NO_COLOR
+    for obj in objects:
+        right = obj.second_digit if obj.neighbour is None else obj.neighbour
+        if right is not None:
+            labels["left_classes"][of_patch == right] = obj.kind
+            labels["left_colors"][of_patch == right] = obj.color
+    center = [_center(obj, len(scene.object_map)) for obj in objects]
+    for i, obj in enumerate(objects):
+        before = [other for j, other in enumerate(objects) if center[j] <= center[i]]
+        same_color = sum((other.color, other.is_digit) == (obj.color, obj.is_digit) for other in before)
+        labels["color_ranks"][center[i]] = min(same_color, RANKS) - 1
+        labels["class_ranks"][center[i]] = min(sum(other.kind == obj.kind for other in before), RANKS) - 1
+    return labels
 
 
 def _pack(drawn: list[Question], known_types: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -11,14 +11,23 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration
 
 from sparsevlm.mini import questions
-from sparsevlm.mini.batches import ANSWER_WEIGHT, END_WEIGHT, PREFIX, QUESTION_TOKENS, averages, objects_of
-from sparsevlm.mini.clips import DIRECTIONS, FRAMES
+from sparsevlm.mini.batches import ANSWER_WEIGHT, END_WEIGHT, PREFIX, QUESTION_TOKENS, RANKS, averages, objects_of
+from sparsevlm.mini.clips import DIRECTIONS, FRAME_TOKENS, FRAMES
+from sparsevlm.mini.clips import GRID as CLIP_GRID
 from sparsevlm.mini.model import embed_frames, embed_patches
+from sparsevlm.mini.packed import PACKED, packed_positions
 from sparsevlm.mini.pretrain import BACKGROUND_WEIGHT, weighted_loss
-from sparsevlm.mini.scenes import NO_CLASS, NO_COLOR
+from sparsevlm.mini.scenes import GRID, NO_CLASS, NO_COLOR
 
-_PATCH_LABELS = [1, NO_CLASS + 1, NO_COLOR + 1]
-_CLIP_LABELS = [FRAMES, FRAMES, len(DIRECTIONS) + 1]
+#: What a helper reads off a visual token, and how many values each can have.
+_PATCH_LABELS = {"centers": 1, "classes": NO_CLASS + 1, "colors": NO_COLOR + 1}
+_SCENE_LABELS = {
+    "left_classes": NO_CLASS + 1,
+    "left_colors": NO_COLOR + 1,
+    "color_ranks": RANKS,
+    "class_ranks": RANKS,
+}
+_CLIP_LABELS = {"times": FRAMES, "starts": FRAMES, "directions": len(DIRECTIONS) + 1}
 
 
 @dataclass(frozen=True)
@@ -30,19 +39,25 @@ class Rates:
     others: float = 1e-3
 
 
-#: For a model that answers already: at the rates above it forgets what it knows about small things.
-GENTLE = Rates(1.2e-3, 3e-4, 5e-4)
+#: For a model that answers already.
+GENTLE = Rates(2e-3, 3e-4, 1e-3)
 
 
 class Answering:
     """Several questions share one picture: each is a block that sees the picture and itself, at the same positions.
 
     Muon (``torch.optim.Muon``) trains the matrices of the language model and the projector, AdamW embeddings, head,
-    norms, biases and the tower. With pictures, a helper that is dropped afterwards reads off each visual token what it
-    shows (class and colour, as in stage 1, so that the tower forgets nothing) and whether it holds the middle of an
-    object, which is what counting needs. With clips, a helper reads off the language model's visual tokens in the
-    middle layer which frame they belong to, when their object came, and where it moves: positions are all that tells
-    frames apart, and questions alone do not teach that within hours.
+    norms, biases and the tower.
+
+    The language model's attention is set to :func:`~sparsevlm.mini.packed.packed_attention`: set it back before the
+    model is asked anything else.
+
+    Questions alone teach relations slowly, so helpers, which are dropped afterwards, are asked about every visual
+    token. With pictures, off what the projector gives: what the token shows (class and colour, as in stage 1, so that
+    the tower forgets nothing) and whether it holds the middle of an object; and off the language model after a third of
+    its layers: what stands at the left of its object, and which of its colour and of its class it is in reading order.
+    With clips, off what the projector gives: where in the frame the token lies; and off the language model after half
+    of its layers: which frame it belongs to, when its object came, and where that moves.
 
     Args:
         model: the embedded model, or the embedded video model.
@@ -59,6 +74,7 @@ class Answering:
         rates: Rates | None = None,
     ):
         rates = rates or Rates()
+        model.set_attn_implementation({"text_config": PACKED})
         self.model, self.precision, self.types = model, precision, types
         language_model, projector = model.model.language_model, model.model.multi_modal_projector
         matrices = [p for p in (*language_model.layers.parameters(), *projector.parameters()) if p.ndim == 2]
@@ -67,7 +83,9 @@ class Answering:
         known |= {id(p) for tower in towers for p in tower.parameters()}
         tower = list(towers[-1].parameters())  # of a video model only that for videos
         width = language_model.config.hidden_size
-        helpers = {"patch": nn.Linear(width, sum(_PATCH_LABELS)), "clip": nn.Linear(width, sum(_CLIP_LABELS))}
+        labels = {"patch": _PATCH_LABELS, "scene": _SCENE_LABELS, "clip": _CLIP_LABELS}
+        helpers = {name: nn.Linear(width, sum(sizes.values())) for name, sizes in labels.items()}
+        helpers["place"] = nn.Linear(width, 2)
         self.helpers = nn.ModuleDict(helpers).to(model.device)
         for parameter in self.helpers.parameters():
             nn.init.zeros_(parameter)
@@ -96,19 +114,27 @@ class Answering:
         weights = batch["weights"].flatten()
         losses = F.cross_entropy(logits, batch["targets"].flatten(), reduction="none")
         loss = (losses * weights).sum() / weights.sum()
-        return loss + (self._patch_loss(visual, batch) if "centers" in batch else self._clip_loss(middle, batch))
+        if "times" in batch:
+            return loss + self._place_loss(visual) + sum(self._read_off("clip", _CLIP_LABELS, middle, batch))
+        return loss + self._patch_loss(visual, batch) + sum(self._read_off("scene", _SCENE_LABELS, middle, batch))
 
     def _patch_loss(self, visual: torch.Tensor, batch) -> torch.Tensor:
-        center, classes, colors = self.helpers["patch"](visual).split(_PATCH_LABELS, -1)
+        center, classes, colors = self.helpers["patch"](visual).split(list(_PATCH_LABELS.values()), -1)
         weights = torch.where(objects_of(batch), 1.0, BACKGROUND_WEIGHT)
         named = weighted_loss(classes, batch["classes"], weights) + weighted_loss(colors, batch["colors"], weights)
-        return F.binary_cross_entropy_with_logits(center[..., 0], batch["centers"]) + 0.3 * named
+        centers = F.binary_cross_entropy_with_logits(center[..., 0], batch["centers"], weights) / weights.mean()
+        return centers + named
 
-    def _clip_loss(self, middle: torch.Tensor, batch) -> torch.Tensor:
-        parts = self.helpers["clip"](F.rms_norm(middle, middle.shape[-1:])).split(_CLIP_LABELS, -1)
-        targets = (batch["times"], batch["starts"], batch["directions"])
-        losses = [F.cross_entropy(p.flatten(0, 1), t.flatten()) for p, t in zip(parts, targets, strict=True)]
-        return 0.3 * sum(losses)
+    def _place_loss(self, visual: torch.Tensor) -> torch.Tensor:
+        places = self.helpers["place"](visual.unflatten(1, (FRAMES, FRAME_TOKENS))[:, :, 1:])
+        axis = torch.linspace(-1, 1, CLIP_GRID, device=visual.device)
+        grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).flatten(0, 1)
+        return F.mse_loss(places, grid.expand_as(places))
+
+    def _read_off(self, helper: str, labels: dict[str, int], middle: torch.Tensor, batch) -> list[torch.Tensor]:
+        parts = self.helpers[helper](F.rms_norm(middle, middle.shape[-1:])).split(list(labels.values()), -1)
+        pairs = zip(parts, labels, strict=True)
+        return [F.cross_entropy(part.flatten(0, 1), batch[name].flatten()) for part, name in pairs]
 
     @torch.no_grad()
     def scores(self, batches: Iterable[dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -139,42 +165,33 @@ class Answering:
         """``[B, questions * 12, words]``"""
         return self._run(batch, visual)[0]
 
-    def _run(self, batch, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The logits of the questions and, for clips, the visual tokens in the middle layer ``[B, 520, 192]``."""
+    def _run(self, batch, visual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of the questions, and the visual tokens after a third (clips: half) of the layers."""
         model, ids = self.model, batch["ids"]
         language_model, device = model.model.language_model, ids.device
         with self._autocast(device):
             prefix = language_model.embed_tokens(torch.tensor(PREFIX, device=device)).expand(len(ids), -1, -1)
             inputs = torch.cat([prefix, visual, language_model.embed_tokens(ids)], 1)
-            mask, positions = block_layout(inputs.shape[1] - ids.shape[1], ids.shape[1] // QUESTION_TOKENS, device)
+            shared = inputs.shape[1] - ids.shape[1]
             output = language_model(
                 inputs_embeds=inputs,
-                attention_mask=mask,
-                position_ids=positions,
+                position_ids=_positions(batch, shared),
                 use_cache=False,
-                output_hidden_states="times" in batch,
+                output_hidden_states=True,
+                shared=shared,
             )
             logits = model.lm_head(output.last_hidden_state[:, -ids.shape[1] :]).float()
-        if "times" not in batch:
-            return logits, None
-        middle = output.hidden_states[len(language_model.layers) // 2][:, len(PREFIX) : -ids.shape[1]]
+        layer = len(language_model.layers) // (2 if "times" in batch else 3)
+        middle = output.hidden_states[layer][:, len(PREFIX) : shared]
         return logits, middle.float()
 
 
-def block_layout(shared: int, blocks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention mask and positions of ``blocks`` questions behind ``shared`` tokens.
-
-    Returns:
-        mask: float32 ``[1, 1, L, L]`` to add to the attention logits, 0 where the row's token may see the column's:
-            causal, and among the questions only within the own block. (A boolean mask would do for SDPA alone.)
-        positions: int64 ``[1, L]``; every block starts at position ``shared``, as if it were alone.
-    """
-    offsets = torch.arange(QUESTION_TOKENS, device=device).repeat(blocks)
-    positions = torch.cat([torch.arange(shared, device=device), shared + offsets])
-    block = torch.full((len(positions),), -1, device=device)
-    block[shared:] = torch.arange(blocks, device=device).repeat_interleave(QUESTION_TOKENS)
-    order = torch.arange(len(positions), device=device)
-    visible = (block[None] == -1) | (block[None] == block[:, None])
-    visible &= order[None] <= order[:, None]
-    mask = torch.zeros(visible.shape, device=device).masked_fill(~visible, torch.finfo(torch.float32).min)
-    return mask[None, None], positions[None]
+def _positions(batch: dict[str, torch.Tensor], shared: int) -> torch.Tensor:
+    """``[B, L]``: a window's tokens keep the places they have in the whole picture, as do the questions behind it."""
+    ids = batch["ids"]
+    places = torch.arange(shared, device=ids.device).expand(len(ids), -1)
+    behind = shared
+    if "positions" in batch:
+        places = torch.cat([places[:, : len(PREFIX)], len(PREFIX) + batch["positions"]], 1)
+        behind = len(PREFIX) + GRID * GRID
+    return packed_positions(places, behind, ids.shape[1] // QUESTION_TOKENS)

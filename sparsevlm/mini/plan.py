@@ -26,17 +26,21 @@ class Phase:
         return f"{self.objective} {self.shape.grid}x{self.shape.grid}" + (" clips" if self.shape.clips else "")
 
 
-#: First small windows, then the whole picture: relations are learnt at 64 tokens and carried over to 576.
+#: First small windows, then the whole picture: relations are learnt at few tokens and carried over to 576.
 PLAN = (
     Phase("align", BatchShape(grid=8, images=48), time_share=0.13, step_share=0.30),
     Phase("align", BatchShape(grid=24, images=6), time_share=0.03, step_share=0.04),
     Phase("neutral", BatchShape(grid=24, images=6), time_share=0.02, step_share=0.03),
-    Phase("answer", BatchShape(grid=8, images=16, questions=8), time_share=0.22, step_share=0.27),
-    Phase("answer", BatchShape(grid=12, images=12, questions=12), time_share=0.25, step_share=0.20),
-    Phase("answer", BatchShape(grid=24, images=5, questions=24), time_share=0.35, step_share=0.16),
+    Phase("answer", BatchShape(grid=8, images=16, questions=8), time_share=0.17, step_share=0.25),
+    Phase("answer", BatchShape(grid=12, images=12, questions=12), time_share=0.15, step_share=0.14),
+    Phase("answer", BatchShape(grid=16, images=6, questions=24), time_share=0.2, step_share=0.12),
+    Phase("answer", BatchShape(grid=24, images=5, questions=24), time_share=0.3, step_share=0.12),
 )
 #: For a model that answers questions already.
-CONTINUATION = (Phase("answer", BatchShape(grid=24, images=5, questions=24), time_share=1.0, step_share=1.0),)
+CONTINUATION = (
+    Phase("answer", BatchShape(grid=16, images=6, questions=24), time_share=0.35, step_share=0.5),
+    Phase("answer", BatchShape(grid=24, images=5, questions=24), time_share=0.65, step_share=0.5),
+)
 
 
 #: For the video model, which starts from the model for pictures.

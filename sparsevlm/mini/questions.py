@@ -1,7 +1,8 @@
-"""Questions about a scene, of eight types, each with its answer and the objects one has to look at.
+"""Questions about a scene, of nine types, each with its answer and the objects one has to look at.
 
-A question is asked only where it has one answer (of a colour or class that occurs once among the candidates), and
-none can be answered from the picture or from the text alone.
+A question is asked only where it has one answer (of a colour or class that occurs once among the candidates). None can
+be answered from the picture alone or, but for ``next``, from the text alone; ``next`` is the control: it needs no
+picture.
 """
 
 from collections.abc import Iterable
@@ -21,7 +22,18 @@ TYPES = (
     "count",
     "beside",
     "read",
+    "next",
 )
+#: How often each type is drawn for training, relative to 1; a test draws all types equally often. What takes more
+#: looking (and was learnt last) is asked more often than what is learnt within minutes.
+TRAINING_WEIGHTS = {
+    "color_of_digit": 0.5,
+    "color_of_shape": 0.5,
+    "count": 5.0,
+    "beside": 2.0,
+    "read": 1.5,
+    "next": 0.5,
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Question:
         words: the question as the model's words, e.g. ``("what", "digit", "is", "red", "?")``.
         answer: the answer's words; two for ``read``, else one.
         targets: indices of the objects that decide the answer; for ``exist`` answered with no, those that share the
-            colour or the class asked for; empty for a count of zero.
+            colour or the class asked for; empty for a count of zero and for ``next``.
     """
 
     type: str
@@ -79,21 +91,22 @@ def candidates(objects: list[SceneObject], rng: np.random.RandomState) -> dict[s
         "count": _count(objects, rng),
         "beside": _beside(objects),
         "read": _read(objects),
+        "next": _next(rng),
     }
     return {name: found[name] for name in TYPES}
 
 
 def draw(objects: list[SceneObject], count: int, rng: np.random.RandomState) -> list[Question]:
-    """``count`` questions about a scene: a uniformly drawn type (of those it can answer), then one of its questions.
+    """``count`` questions about a scene: a type drawn by ``TRAINING_WEIGHTS``, then one of the scene's questions of it.
 
     The same question may be drawn twice. A scene without objects has no questions: the list is then empty.
     """
-    pools = [pool for pool in candidates(objects, rng).values() if pool]
-    drawn = []
-    while pools and len(drawn) < count:
-        pool = pools[rng.randint(len(pools))]
-        drawn.append(pool[rng.randint(len(pool))])
-    return drawn
+    if not objects:
+        return []
+    pools = {name: pool for name, pool in candidates(objects, rng).items() if pool}
+    weights = np.array([TRAINING_WEIGHTS.get(name, 1.0) for name in pools])
+    types = rng.choice(list(pools), count, p=weights / weights.sum())
+    return [pools[name][rng.randint(len(pools[name]))] for name in types]
 
 
 def make_question(type_: str, text: str, answer: str, targets: list[int]) -> Question:
@@ -137,21 +150,33 @@ def _exist(objects, rng) -> list[Question]:
 
 
 def _count(objects, rng) -> list[Question]:
+    """How many digits (or shapes) of a colour, or objects of a class: each number that occurs is as likely as another.
+
+    Otherwise "1" would be right most of the time, and a model could live on guessing it.
+    """
     if not objects:
         return []
-    found = []
-    for _ in range(3):
-        by_color = rng.rand() < 0.5
-        of_one_present = rng.rand() < 0.75
-        if by_color:
-            color = objects[rng.randint(len(objects))].color if of_one_present else rng.randint(len(COLORS))
-            name, targets = COLORS[color], [q for q, obj in enumerate(objects) if obj.color == color]
-        else:
-            kind = objects[rng.randint(len(objects))].kind if of_one_present else rng.randint(len(CLASSES))
-            name, targets = CLASSES[kind], [q for q, obj in enumerate(objects) if obj.kind == kind]
+    by_number: dict[int, list[Question]] = {}
+    for asked, targets in _groups(objects).items():
         if len(targets) < len(DIGITS):
-            found.append(make_question("count", f"how many {name} objects ?", DIGITS[len(targets)], targets))
+            question = make_question("count", f"how many {asked} ?", DIGITS[len(targets)], targets)
+            by_number.setdefault(len(targets), []).append(question)
+    pools = [by_number[number] for number in sorted(by_number)]
+    found = []
+    for _ in range(4):
+        pool = pools[rng.randint(len(pools))]
+        found.append(pool[rng.randint(len(pool))])
     return found
+
+
+def _groups(objects) -> dict[str, list[int]]:
+    """What can be counted, each with the objects that belong to it (of what is not there, none)."""
+    groups: dict[str, list[int]] = {f"{color} {noun}": [] for color in COLORS for noun in ("digits", "shapes")}
+    groups |= {f"{name} objects": [] for name in CLASSES}
+    for i, obj in enumerate(objects):
+        groups[f"{COLORS[obj.color]} {'digits' if obj.is_digit else 'shapes'}"].append(i)
+        groups[f"{CLASSES[obj.kind]} objects"].append(i)
+    return groups
 
 
 def _beside(objects) -> list[Question]:
@@ -174,3 +199,11 @@ def _read(objects) -> list[Question]:
             answer = f"{CLASSES[obj.kind]} {CLASSES[objects[obj.second_digit].kind]}"
             found.append(make_question("read", f"read the {COLORS[obj.color]} number ?", answer, [i, obj.second_digit]))
     return found
+
+
+def _next(rng) -> list[Question]:
+    """The digit before or after one: as easy without the picture."""
+    digit = rng.randint(1, len(DIGITS) - 1)
+    after = rng.rand() < 0.5
+    text = f"what digit is {'after' if after else 'before'} {DIGITS[digit]} ?"
+    return [make_question("next", text, DIGITS[digit + 1 if after else digit - 1], [])]

@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     if run.state.total_steps:
         print(f"continuing at step {run.state.total_steps}, {run.progress:.0%} done")
     run.train()
-    print(f"model: {export(run.model, options.out / 'model')}")
+    if run.ranks.first:
+        print(f"model: {export(run.model, options.out / 'model')}")
+    run.ranks.close()
     return 0
 
 

@@ -11,10 +11,10 @@ _FUNCTION_WORDS = (
     "user assistant : ? what digit color shape is the there a how many objects beside read number yes no none empty"
     " of in image"
 )
-WORDS = (PAD, BOS, EOS, IMAGE, *_FUNCTION_WORDS.split(), *CLASSES, *COLORS)
+WORDS = (PAD, BOS, EOS, IMAGE, *_FUNCTION_WORDS.split(), *CLASSES, *COLORS, *"after before digits shapes".split())
 #: The words of the video model: the same, and some more.
 VIDEO = "<video>"
-VIDEO_WORDS = (*WORDS, VIDEO, *"before first last where moving left right up down".split())
+VIDEO_WORDS = (*WORDS, VIDEO, *"first last where moving left right up down".split())
 #: Rows of the embedding table; the rows behind the known words are spare (the first of them is ``<unk>``).
 VOCAB_SIZE = 64
 VIDEO_VOCAB_SIZE = 72

@@ -86,8 +86,9 @@ def _embedded_folder(name: str) -> Path:
     except ValueError:  # weights_dir knows no such checkpoint
         folder = None
     if folder is None or not (folder / "config.json").is_file():
-        fix = "not shipped yet; use 'mini'" if name != "mini" else "missing from this installation; reinstall sparsevlm"
-        raise FileNotFoundError(f"the weights of the embedded model {name!r} are {fix}")
+        raise FileNotFoundError(
+            f"the weights of the embedded model {name!r} are missing from this installation; reinstall sparsevlm"
+        )
     return folder
 
 

@@ -187,6 +187,7 @@ def test_packed_questions_about_a_clip_are_answered_as_if_alone(fresh, tmp_path)
     frames = ((batch["pixels"][0].movedim(1, -1) * STD + MEAN) * 255).round().to(torch.uint8).numpy()
     with torch.no_grad():
         packed = learner._logits(batch, learner._visual(batch)).view(2, 12, -1)
+        model.set_attn_implementation("sdpa")
         for block, ids in enumerate(batch["ids"].view(2, 12)):
             words = [VIDEO_WORDS[i] for i in ids.tolist() if i]
             asked = words[: words.index("assistant")]

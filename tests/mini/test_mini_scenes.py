@@ -168,7 +168,13 @@ def _answer(question, objects) -> tuple[str, ...]:
         return ("yes" if any(kind in words and color in words for kind, color, _ in objects) else "no",)
     if question.type == "count":
         (name,) = named
-        return (str(sum(name in (kind, color) for kind, color, _ in objects)),)
+        counted = [o for kind, color, o in objects if name in (kind, color)]
+        if "objects" not in words:
+            counted = [o for o in counted if o.is_digit == ("digits" in words)]
+        return (str(len(counted)),)
+    if question.type == "next":
+        (digit,) = named
+        return (str(int(digit) + (1 if "after" in words else -1)),)
     if question.type == "beside":
         ((_, _, shape),) = ((k, c, o) for k, c, o in objects if k in words and c in words)
         (answer,) = (k for k, _, o in objects if (o.x, o.y) == (shape.x + shape.size, shape.y))
@@ -210,6 +216,33 @@ def test_drawn_questions_use_known_words_and_all_types(scenes):
     assert {question.type for question in drawn} == set(questions.TYPES)
     assert all(word in WORD_ID for question in drawn for word in (*question.words, *question.answer))
     assert len(set(WORDS)) == len(WORDS) < VOCAB_SIZE
+
+
+def test_numbers_of_a_count_are_drawn_evenly():
+    """Each number that occurs in the scene is as likely as another: "1" is not the safe answer."""
+    scene = [SceneObject(1, 0, 0, 0, 14), SceneObject(2, 0, 40, 40, 14), SceneObject(3, 1, 80, 80, 14)]
+    rng = np.random.RandomState(0)
+    drawn = [q.answer[0] for _ in range(500) for q in questions.candidates(scene, rng)["count"]]
+    assert {"0", "1", "2"} == set(drawn)
+    assert all(abs(drawn.count(number) / len(drawn) - 1 / 3) < 0.05 for number in "012")
+
+
+def test_training_draws_types_by_their_weights(scenes):
+    rng = np.random.RandomState(4)
+    drawn = [q.type for scene in scenes for q in questions.draw(scene.objects, 100, rng)]
+    everywhere = ("exist", "count", "next")  # every scene has questions of these types
+    weights = [questions.TRAINING_WEIGHTS.get(name, 1.0) for name in everywhere]
+    for name, weight in zip(everywhere, weights, strict=True):
+        assert drawn.count(name) / drawn.count("exist") == pytest.approx(weight / weights[0], rel=0.2)
+
+
+def test_the_language_control_has_one_answer_whatever_the_picture(scenes):
+    rng, answers = np.random.RandomState(5), {}
+    for scene in [*scenes, *scenes]:
+        for question in questions.candidates(scene.objects, rng)["next"]:
+            assert question.targets == ()
+            assert answers.setdefault(question.text, question.answer) == question.answer
+    assert len(answers) == 16  # before and after 1 to 8
 
 
 def test_importing_the_package_imports_no_scikit_learn():

@@ -1,7 +1,13 @@
 """Training of the embedded model: what is computed, that it learns, and that a killed run continues exactly."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,12 +15,14 @@ from transformers import LlavaForConditionalGeneration
 
 from sparsevlm.mini import questions, train, weights_dir
 from sparsevlm.mini.batches import ANSWER_WEIGHT, END_WEIGHT, FORETOLD_WEIGHT, BatchShape, SceneBatches
-from sparsevlm.mini.finetune import Answering, block_layout
+from sparsevlm.mini.finetune import Answering
 from sparsevlm.mini.hub import export
 from sparsevlm.mini.model import build_config, build_model, embed_patches
+from sparsevlm.mini.packed import packed_attention, packed_positions
 from sparsevlm.mini.plan import CONTINUATION, PLAN, Phase, Settings
 from sparsevlm.mini.pretrain import Alignment, NeutralBackground
 from sparsevlm.mini.run import Run
+from sparsevlm.mini.scenes import NO_CLASS, NO_COLOR, SceneGenerator
 from sparsevlm.mini.vocabulary import WORDS
 
 CPU = torch.device("cpu")
@@ -66,25 +74,86 @@ def test_embed_patches_is_the_models_own_vision_path(shipped):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_questions_are_answered_as_if_alone(shipped, attention):
     """A block behind a shared picture gives the logits of the ordinary forward of that prompt."""
-    shipped.set_attn_implementation(attention)
     batch = SceneBatches("test", 0, 0, BatchShape(24, 1, 3))[0]
     blocks = batch["ids"].view(3, 12)
     with torch.no_grad():
         learner = Answering(shipped, torch.float32)
-        packed = learner._logits(batch, learner._visual(batch)).view(3, 12, -1)
-        for block, logits in zip(blocks, packed, strict=True):
+        together = learner._logits(batch, learner._visual(batch)).view(3, 12, -1)
+        shipped.set_attn_implementation(attention)
+        for block, logits in zip(blocks, together, strict=True):
             prompt = torch.cat([torch.tensor([1, 4, 6] + [3] * 576), block[block > 0]])[None]
             alone = shipped(input_ids=prompt, pixel_values=batch["pixels"]).logits[0, 579:]
             torch.testing.assert_close(logits[block > 0], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_block_layout_by_hand():
-    mask, positions = block_layout(2, 2, CPU)
-    seen = mask[0, 0] == 0
-    assert positions[0].tolist() == [0, 1, *range(2, 14), *range(2, 14)]
-    assert seen[1].nonzero().flatten().tolist() == [0, 1]
-    assert seen[3].nonzero().flatten().tolist() == [0, 1, 2, 3]
-    assert seen[15].nonzero().flatten().tolist() == [0, 1, 14, 15]  # second token of the second block
+def test_a_windows_tokens_keep_their_places_in_the_whole_picture(shipped):
+    """The language model sees a window as it would see the whole picture with all other tokens left out."""
+    batch = SceneBatches("test", 0, 0, BatchShape(12, 1, 2))[0]
+    with torch.no_grad():
+        learner = Answering(shipped, torch.float32)
+        visual = learner._visual(batch)
+        together = learner._logits(batch, visual).view(2, 12, -1)
+        whole, seen = torch.zeros(1, 576, 192), torch.ones(1, 579 + 12, dtype=torch.long)
+        whole[0, batch["positions"][0]] = visual[0]
+        seen[0, 3:579] = 0
+        seen[0, 3 + batch["positions"][0]] = 1
+        shipped.set_attn_implementation("eager")
+        words = shipped.get_input_embeddings()
+        for block, logits in zip(batch["ids"].view(2, 12), together, strict=True):
+            inputs = torch.cat([words(torch.tensor([[1, 4, 6]])), whole, words(block[None])], 1)
+            at = torch.arange(579 + 12)[None]
+            alone = shipped(inputs_embeds=inputs, attention_mask=seen, position_ids=at).logits[0, 579:]
+            torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_attention_is_attention_with_the_mask_it_stands_for():
+    generator = torch.Generator().manual_seed(0)
+    shared, blocks = 450, 3
+    query, key, value = torch.randn(3, 2, 2, shared + 12 * blocks, 8, generator=generator)
+    block = torch.cat([torch.full((shared,), -1), torch.arange(blocks).repeat_interleave(12)])
+    order = torch.arange(len(block))
+    visible = ((block[None] == -1) | (block[None] == block[:, None])) & (order[None] <= order[:, None])
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=0.3)
+    found, weights = packed_attention(None, query, key, value, None, 0.3, shared=shared)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+    assert weights is None
+
+
+def test_packed_positions_by_hand():
+    positions = packed_positions(torch.tensor([[0, 1, 7], [0, 1, 9]]), 20, 2)
+    assert positions.tolist() == [[0, 1, last, *range(20, 32), *range(20, 32)] for last in (7, 9)]
+
+
+def test_labels_of_relations():
+    """Left neighbour and place in reading order, derived again from the pictures' objects by other code."""
+    batches = SceneBatches("train", 0, 0, BatchShape(24, 1))
+    generator, seen = SceneGenerator("train"), Counter()
+    for index in range(4):
+        scene = generator.draw(np.random.RandomState([*batches._stream, index]))
+        batch = {key: value[0].tolist() for key, value in batches[index].items() if value.ndim == 2}
+        middles = [((o.y + o.size / 2) // 7 * 24 + (o.x + o.size / 2) // 7) for o in scene.objects]
+        for patch, number in enumerate(scene.object_map.reshape(-1).tolist()):
+            found = batch["left_classes"][patch], batch["left_colors"][patch]
+            if number < 0:
+                assert found == (-100, -100)
+                continue
+            obj = scene.objects[number]
+            touching = [o for o in scene.objects if number in (o.neighbour, o.second_digit)]
+            assert all((o.x + o.size, o.y) == (obj.x, obj.y) for o in touching)
+            assert found == ((touching[0].kind, touching[0].color) if touching else (NO_CLASS, NO_COLOR))
+            seen["left"] += bool(touching)
+        assert np.flatnonzero(batch["centers"]).tolist() == sorted(map(int, middles))
+        for patch in range(576):
+            if patch not in middles:
+                assert batch["color_ranks"][patch] == batch["class_ranks"][patch] == -100
+                continue
+            obj = scene.objects[middles.index(patch)]
+            before = [o for o, middle in zip(scene.objects, middles, strict=True) if middle < patch]
+            alike = [o for o in before if (o.color, o.is_digit) == (obj.color, obj.is_digit)]
+            assert batch["color_ranks"][patch] == len(alike)
+            assert batch["class_ranks"][patch] == sum(o.kind == obj.kind for o in before)
+            seen["ranked"] += bool(alike)
+    assert seen["left"] > 0 and seen["ranked"] > 0
 
 
 def test_a_batch_depends_on_split_seed_phase_and_index_alone():
@@ -305,3 +374,32 @@ def test_export_writes_the_shipped_folder_and_spares_foreign_ones(tmp_path, ship
         export(shipped, foreign)
     assert (foreign / "cat.jpg").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "photos"]
+
+
+RANK = """
+import sys, torch
+from itertools import islice
+from sparsevlm.mini.ranks import Ranks
+ranks = Ranks()
+weights = [torch.nn.Parameter(torch.zeros(size)) for size in ((2, 3), 4, 1)]
+weights[0].grad, weights[1].grad = torch.full((2, 3), 1.0 + ranks.rank), torch.arange(4.0) * (1 - ranks.rank)
+ranks.average_gradients(weights)
+found = {"first": ranks.first, "gradients": [w.grad for w in weights], "clock": ranks.now()}
+torch.save(found | {"batches": list(islice(ranks.indices(3), 3))}, f"{sys.argv[1]}/{ranks.rank}.pt")
+ranks.close()
+"""
+
+
+def test_two_processes_average_gradients_share_a_clock_and_divide_the_batches(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", RANK, str(tmp_path)]
+    started = [subprocess.Popen(command, env={**os.environ, **where, "RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert one["clock"] == other["clock"] and one["first"] and not other["first"]
+    assert (one["batches"], other["batches"]) == ([6, 8, 10], [7, 9, 11])
+    for found in (one["gradients"], other["gradients"]):
+        assert torch.equal(found[0], torch.full((2, 3), 1.5)) and torch.equal(found[1], torch.arange(4.0) / 2)
+        assert found[2] is None

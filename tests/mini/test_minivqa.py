@@ -62,7 +62,7 @@ def test_pictures_show_digits_of_the_test_split(monkeypatch):
 
 def test_any_beginning_is_balanced_over_the_types_and_pictures_differ():
     found = list(rows(seed=0, n=43))
-    for n in (8, 11, 43):
+    for n in (9, 11, 43):
         counts = [sum(row["question_type"] == name for row in found[:n]) for name in TYPES]
         assert max(counts) - min(counts) <= 1
     assert len({row["image"]["bytes"] for row in found}) == len(found)
@@ -78,13 +78,14 @@ def test_answers_are_of_their_type_and_targets_on_the_grid():
         "count": CLASSES[:10],
         "beside": CLASSES[:10],
         "read": tuple(f"{i:02d}" for i in range(100)),
+        "next": CLASSES[:10],
     }
-    for row in rows(seed=5, n=80):
+    for row in rows(seed=5, n=81):
         assert row["answer"] in allowed[row["question_type"]]
         targets = row["target_patches"]
         assert targets == sorted(set(targets)) and all(0 <= t < 576 for t in targets)
         if row["question_type"] not in ("exist", "count"):
-            assert targets
+            assert bool(targets) == (row["question_type"] != "next")
 
 
 def test_finished_file_is_kept_and_a_broken_build_leaves_nothing(tmp_path, monkeypatch):
@@ -181,7 +182,7 @@ def test_lmms_eval_gives_a_perfect_model_one_and_keeps_the_types(folder):
     assert results["accuracy,none"] == 1.0
     assert all(results[f"accuracy_{name},none"] == 1.0 for name in TYPES)
     samples = out["samples"]["minivqa"]
-    assert [sample["question_type"] for sample in samples] == [TYPES[i % 8] for i in range(24)]
+    assert [sample["question_type"] for sample in samples] == [TYPES[i % 9] for i in range(24)]
     assert all(sample["accuracy"] == 1.0 for sample in samples)
 
 
@@ -194,5 +195,5 @@ def test_lmms_eval_gives_a_wrong_model_zero_and_honours_the_limit(folder):
 def test_a_model_right_on_one_type_scores_on_that_type_alone(folder):
     out = evaluate(folder, lambda doc: doc["answer"] if doc["question_type"] == "read" else "none")
     results = out["results"]["minivqa"]
-    assert results["accuracy,none"] == pytest.approx(1 / 8)
+    assert results["accuracy,none"] == pytest.approx(2 / 24)
     assert {name: results[f"accuracy_{name},none"] for name in TYPES} == {name: float(name == "read") for name in TYPES}

@@ -85,14 +85,13 @@ def test_unknown_names(name, message):
         find_checkpoint(name)
 
 
-def test_reserved_name(monkeypatch, tmp_path):
+def test_embedded_weights_that_are_missing(monkeypatch, tmp_path):
     import sparsevlm.mini
 
     monkeypatch.setattr(sparsevlm.mini, "weights_dir", lambda name: tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="'mini-video' are not shipped yet; use 'mini'"):
-        find_checkpoint("mini-video")
-    with pytest.raises(FileNotFoundError, match="'mini' are missing from this installation; reinstall"):
-        find_checkpoint("mini")
+    for name in ("mini", "mini-video"):
+        with pytest.raises(FileNotFoundError, match=f"'{name}' are missing from this installation; reinstall"):
+            find_checkpoint(name)
 
 
 def test_file_instead_of_folder(copy):

@@ -30,7 +30,7 @@ from sparsevlm.mini.scenes import SceneGenerator
 DEFAULT_SEED = 0
 DEFAULT_N = 2000
 #: Raise when the same seed would give other rows than before: files of the older version are then left alone.
-VERSION = 1
+VERSION = 2
 FILE_NAME = "test.parquet"
 #: Where the YAML looks when nothing is overridden (ignored by git).
 DEFAULT_DIR = Path(__file__).parent / "data"
@@ -40,7 +40,7 @@ _STREAM = 0x4D51  # keeps the task's random streams apart from the training's
 def rows(seed: int, n: int) -> Iterator[dict]:
     """The first ``n`` questions of a seed, one picture each.
 
-    Question ``i`` has type ``TYPES[i % 8]``, so any first N are balanced over the types (to within one), and depends on
+    Question ``i`` has type ``TYPES[i % 9]``, so any first N are balanced over the types (to within one), and depends on
     ``seed`` and ``i`` alone, so a smaller set is the beginning of a larger one. The digits are those of the test split.
 
     Yields:

@@ -1,0 +1,73 @@
+"""The shipped video model: layout, the prompt of the training, and that its answers come from the clip."""
+
+import numpy as np
+import pytest
+import torch
+
+import sparsevlm
+from eval.tasks.minivqa.utils import process_results
+from eval.tasks.minivqa_video.dataset import rows
+from eval.tasks.minivqa_video.utils import doc_to_visual
+from sparsevlm.mini import weights_dir
+from sparsevlm.mini.vocabulary import VIDEO_WORDS, WORD_ID
+
+HUB_FILES = {
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return sparsevlm.load("mini-video", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def documents():
+    from io import BytesIO
+
+    from PIL import Image
+
+    found = []
+    for row in rows(seed=7, n=60):
+        frames = [Image.open(BytesIO(frame["bytes"])) for frame in row["frames"]]
+        found.append({**row, "frames": frames})
+    return found
+
+
+@torch.no_grad()
+def scores(loaded, questions, clips) -> list[float]:
+    model, processor = loaded
+    found = []
+    for start in range(0, len(questions), 20):
+        part = slice(start, start + 20)
+        texts = [doc["question"] for doc in questions[part]]
+        inputs = processor(text=texts, videos=[doc_to_visual(doc)[0] for doc in clips[part]])
+        out = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+        for doc, ids in zip(questions[part], out, strict=True):
+            found.append(process_results(doc, [processor.decode(ids)])["accuracy"])
+    return found
+
+
+def test_folder_is_laid_out_as_video_llavas():
+    assert {path.name for path in weights_dir("mini-video").iterdir()} == HUB_FILES
+
+
+def test_token_ids_are_those_of_the_training(loaded, documents):
+    _, processor = loaded
+    ids = processor(text="what digit is first ?", videos=doc_to_visual(documents[0])[0])["input_ids"][0].tolist()
+    words = ["<s>", "user", ":", *["<video>"] * 520, *"what digit is first ? assistant :".split()]
+    assert ids == [WORD_ID[word] for word in words] and set(words) <= set(VIDEO_WORDS)
+
+
+def test_it_answers_about_unseen_clips_and_not_without_looking(loaded, documents):
+    """.9 over all types when it was trained; of another clip's frames it knows little more than chance."""
+    right = scores(loaded, documents, documents)
+    assert np.mean(right) >= 0.8
+    others = [*documents[6:], *documents[:6]]  # types take turns: a clip of the same type of question
+    assert np.mean(scores(loaded, documents, others)) <= np.mean(right) - 0.3
