@@ -78,13 +78,18 @@ def measure(prompts: int) -> list[dict]:
             for setting in SETTINGS:
                 pairs = list(zip(kept["float32", setting], kept[dtype, setting], strict=True))
                 for i, layer in enumerate(layer for layer, _ in pairs[0][0]):
-                    shares = [len(a[i][1] & b[i][1]) / len(a[i][1]) for a, b in pairs]
+                    shares = [_overlap(a[i][1], b[i][1]) for a, b in pairs]
                     method, budget = setting
                     found.append(
                         {"model": name, "method": method, "budget": budget, "dtype": dtype, "layer": layer}
                         | {"prompts": len(shares), "mean": sum(shares) / len(shares), "smallest": min(shares)}
                     )
     return found
+
+
+def _overlap(one: set[int], other: set[int]) -> float:
+    """Share of the first's tokens that the other has, too; of none (a stage may keep pooled tokens only), all or none."""
+    return len(one & other) / len(one) if one else float(not other)
 
 
 def _kept(model: torch.nn.Module, setting: tuple[str, int], prefill: Callable) -> list[tuple[int, set[int]]]:

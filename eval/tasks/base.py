@@ -52,7 +52,7 @@ class Task:
         columns: that `group` reads.
         interleave: order the data so that groups take turns (for data sorted by split), rather than whole groups.
         judge: how answers are judged by a language model: "video_qa", "mmvet" or None.
-        video: videos are files, looked for before a model is loaded.
+        video: questions are about videos; unless generated, these are files, looked for before a model is loaded.
         version: changes when the same settings would ask or score differently; part of a run's identity.
         note: what to know when comparing with the papers.
     """

@@ -63,6 +63,7 @@ GENERATED = (
         folder="own:minivqa_video",
         size=minivqa_video.DEFAULT_N,
         metrics={"accuracy": "fraction"},
+        video=True,
         version=minivqa_video.VERSION,
         build=minivqa_video.build_dataset,
     ),

@@ -133,7 +133,7 @@ def _load(manager: TaskManager, task: Task, settings: TaskSettings, limit: int |
         _task(manager, task, settings, name, share) for name, share in zip(task.lmms, shares, strict=True) if share != 0
     ]
     n = sum(len(t.eval_docs) for t in tasks)
-    if task.video:
+    if task.video and not isinstance(task, Generated):
         for t in tasks:
             check_videos(t)
     return Loaded(task, settings, tasks, manager, n, JUDGED_AT_ONCE if judge else 1, judge)

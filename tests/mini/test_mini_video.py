@@ -1,5 +1,7 @@
 """The shipped video model: layout, the prompt of the training, and that its answers come from the clip."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -71,3 +73,18 @@ def test_it_answers_about_unseen_clips_and_not_without_looking(loaded, documents
     assert np.mean(right) >= 0.8
     others = [*documents[6:], *documents[:6]]  # types take turns: a clip of the same type of question
     assert np.mean(scores(loaded, documents, others)) <= np.mean(right) - 0.3
+
+
+def test_a_run_prunes_the_clip_as_a_video(tmp_path, monkeypatch, capsys):
+    """192 of 520: more than the 64 tokens of one of its pictures, which a budget for videos may be."""
+    from eval.run import main
+
+    monkeypatch.chdir(tmp_path)
+    asked = ["model=mini_video", "task=minivqa_video", "method=random", "budget=192", "limit=6"]
+    assert main([*asked, "results_dir=results"]) == 0
+    (folder,) = (tmp_path / "results" / "runs").iterdir()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["n"] == 6 and metrics["task"] == "minivqa_video"
+    assert "192.0 leaving" in capsys.readouterr().out
+    assert main([*asked[:3], "budget=521", "results_dir=results"]) != 0
+    assert "521 is above the 520 visual tokens" in capsys.readouterr().err
