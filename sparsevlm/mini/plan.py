@@ -36,6 +36,12 @@ PLAN = (
     Phase("answer", BatchShape(grid=16, images=6, questions=24), time_share=0.2, step_share=0.12),
     Phase("answer", BatchShape(grid=24, images=5, questions=24), time_share=0.3, step_share=0.12),
 )
+#: For a look at how it learns: a few minutes do not suffice for whole pictures, and every phase begins with compiling.
+SHORT = (
+    Phase("align", BatchShape(grid=8, images=48), time_share=0.45, step_share=0.6),
+    Phase("answer", BatchShape(grid=8, images=16, questions=8), time_share=0.55, step_share=0.4),
+)
+SHORT_MINUTES = 20
 #: For a model that answers questions already.
 CONTINUATION = (
     Phase("answer", BatchShape(grid=16, images=6, questions=24), time_share=0.35, step_share=0.5),

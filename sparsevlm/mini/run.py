@@ -13,7 +13,7 @@ from sparsevlm.mini.batches import ClipBatches, SceneBatches
 from sparsevlm.mini.finetune import GENTLE, Answering
 from sparsevlm.mini.hub import load_weights
 from sparsevlm.mini.model import build_model, build_video_model
-from sparsevlm.mini.plan import CONTINUATION, PLAN, VIDEO, Phase, Settings
+from sparsevlm.mini.plan import CONTINUATION, PLAN, SHORT, SHORT_MINUTES, VIDEO, Phase, Settings
 from sparsevlm.mini.pretrain import Alignment, NeutralBackground
 from sparsevlm.mini.ranks import Ranks
 
@@ -46,7 +46,8 @@ class Run:
         workers: processes that draw scenes ahead; 0 draws them in this one.
         save_every: seconds between checkpoints.
         evaluate_every: seconds between evaluations on test scenes; each phase ends with one anyway.
-        plan: the phases; by default ``PLAN``, ``CONTINUATION`` with ``initial``, or ``VIDEO`` for the video model.
+        plan: the phases; by default ``PLAN`` (``SHORT`` below 20 minutes), ``CONTINUATION`` with ``initial``, or
+            ``VIDEO`` for the video model.
         initial: folder of an embedded model to begin with instead of the starting weights; the video model needs one.
         compiled: let ``torch.compile`` make the layers about twice as fast; needs a C++ compiler.
 
@@ -67,7 +68,7 @@ class Run:
         compiled: bool = False,
     ):
         self.folder, self.settings, self.device = Path(folder), settings, device
-        self.plan = plan or (VIDEO if settings.video else CONTINUATION if initial else PLAN)
+        self.plan = plan or _plan(settings, initial)
         self._continued = initial is not None
         self.ranks = Ranks()
         self.workers, self.save_every, self.evaluate_every = workers, save_every, evaluate_every
@@ -242,6 +243,14 @@ class Run:
             self.objective.helpers.load_state_dict(content["helpers"])
             for optimizer, saved in zip(self.objective.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
+
+
+def _plan(settings: Settings, initial: str | Path | None) -> tuple[Phase, ...]:
+    if settings.video:
+        return VIDEO
+    if initial is not None:
+        return CONTINUATION
+    return SHORT if settings.minutes is not None and settings.minutes < SHORT_MINUTES else PLAN
 
 
 def _build(settings: Settings, initial: str | Path | None):

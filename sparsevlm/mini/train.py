@@ -20,7 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparsevlm.mini.train", description=__doc__.split(":")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     length = parser.add_mutually_exclusive_group(required=True)
-    length.add_argument("--minutes", type=float, help="length of the training; 90 or more make a useful model on a CPU")
+    length.add_argument(
+        "--minutes",
+        type=float,
+        help="length of the training; 90 or more make a useful model on a CPU, below 20 only small windows are learnt",
+    )
     length.add_argument("--steps", type=int, help="length in optimiser steps: repeatable number by number")
     parser.add_argument("--initial", type=Path, help="model folder to go on from (questions only), not from nothing")
     parser.add_argument("--video", action="store_true", help="train the video model; needs --initial")

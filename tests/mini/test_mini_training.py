@@ -19,7 +19,7 @@ from sparsevlm.mini.finetune import Answering
 from sparsevlm.mini.hub import export
 from sparsevlm.mini.model import build_config, build_model, embed_patches
 from sparsevlm.mini.packed import packed_attention, packed_positions
-from sparsevlm.mini.plan import CONTINUATION, PLAN, Phase, Settings
+from sparsevlm.mini.plan import CONTINUATION, PLAN, SHORT, VIDEO, Phase, Settings
 from sparsevlm.mini.pretrain import Alignment, NeutralBackground
 from sparsevlm.mini.run import Run
 from sparsevlm.mini.scenes import NO_CLASS, NO_COLOR, SceneGenerator
@@ -237,7 +237,7 @@ def test_scores_of_the_shipped_model_are_high_and_of_a_fresh_one_low(shipped):
     assert bad["mean"] < 0.2
 
 
-@pytest.mark.parametrize("plan", [PLAN, CONTINUATION])
+@pytest.mark.parametrize("plan", [PLAN, SHORT, CONTINUATION, VIDEO])
 def test_plan_uses_the_whole_run(plan):
     assert sum(phase.time_share for phase in plan) == pytest.approx(1)
     assert sum(phase.step_share for phase in plan) == pytest.approx(1)
