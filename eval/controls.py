@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparsevlm.methods.random import Random
-from sparsevlm.methods.sparsevlm import SparseVLM, attention_received
+from sparsevlm.methods.sparsevlm import SparseVLM, attention_of_all, paid_by_visual
+from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
 
 
@@ -44,5 +45,8 @@ class Saliency(SparseVLM):
 
     name: ClassVar[str] = "saliency"
 
+    def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
+        """No raters."""
+
     def score(self, stage: Stage) -> Tensor:
-        return attention_received(stage)[1]
+        return paid_by_visual(stage, attention_of_all(stage))

@@ -48,23 +48,18 @@ class Generated(Task):
         return minivqa.task_override(self.build(seed, n, cache_dir() / self.name), self.name)
 
 
-GENERATED = (
-    Generated(
-        name="minivqa",
-        lmms=("minivqa",),
-        folder="own:minivqa",
-        size=minivqa.DEFAULT_N,
+def _generated(name: str, data, video: bool = False) -> Generated:
+    """The task of a folder of that name beside this file, whose module `dataset` is `data`."""
+    return Generated(
+        name=name,
+        lmms=(name,),
+        folder=f"own:{name}",
+        size=data.DEFAULT_N,
         metrics={"accuracy": "fraction"},
-        version=minivqa.VERSION,
-    ),
-    Generated(
-        name="minivqa_video",
-        lmms=("minivqa_video",),
-        folder="own:minivqa_video",
-        size=minivqa_video.DEFAULT_N,
-        metrics={"accuracy": "fraction"},
-        video=True,
-        version=minivqa_video.VERSION,
-        build=minivqa_video.build_dataset,
-    ),
-)
+        video=video,
+        version=data.VERSION,
+        build=data.build_dataset,
+    )
+
+
+GENERATED = (_generated("minivqa", minivqa), _generated("minivqa_video", minivqa_video, video=True))

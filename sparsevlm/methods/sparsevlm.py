@@ -39,20 +39,17 @@ from sparsevlm.runtime.stage import Stage
 EVERY_TOKEN = "tokens"
 
 
-def attention_received(stage: Stage) -> tuple[Tensor, Tensor]:
-    """Attention that each visual token receives from the raters and from all visual tokens, mean over heads.
+def attention_of_all(stage: Stage) -> Tensor:
+    """Attention that every row pays to each visual token, mean over heads: [B, L, V] float32."""
+    return stage.visual_columns(stage.attention(stage.hidden.shape[1]).mean(1))
 
-    Returns:
-        [B, V] each, float32: sums over the tokens that pay it.
-    """
-    length = stage.hidden.shape[1]
-    rows = stage.visual_columns(stage.attention(length).mean(1))  # [B, L, V]
-    raters = (stage.prefill.weights > 0).to(rows.dtype)
-    from_text = (rows[:, -raters.shape[1] :] * raters[..., None]).sum(1)
-    from_visual = rows.gather(1, stage.visual_index[..., None].expand(-1, -1, rows.shape[-1]))
+
+def paid_by_visual(stage: Stage, rows: Tensor) -> Tensor:
+    """Of `attention_of_all`, the sum over the rows of visual tokens: [B, V]."""
+    paid = rows.gather(1, stage.visual_index[..., None].expand(-1, -1, rows.shape[-1]))
     if stage.visual_valid is not None:
-        from_visual = from_visual * stage.visual_valid[..., None]
-    return from_text, from_visual.sum(1)
+        paid = paid * stage.visual_valid[..., None]
+    return paid.sum(1)
 
 
 @dataclass
@@ -133,8 +130,8 @@ class SparseVLM(Method):
 
     def score(self, stage: Stage) -> Tensor:
         if self.raters == EVERY_TOKEN:
-            from_text, from_visual = attention_received(stage)
-            return from_text + from_visual
+            rows, raters = attention_of_all(stage), stage.prefill.weights > 0
+            return (rows[:, -raters.shape[1] :] * raters[..., None]).sum(1) + paid_by_visual(stage, rows)
         rows = stage.attention(stage.prefill.tail)
         return stage.visual_columns(mean_scores(rows, stage.prefill.weights))
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sparsevlm.mini.clips import ClipObject
-from sparsevlm.mini.questions import Question, make_question
+from sparsevlm.mini.questions import Question, draw_by_weight, make_question
 from sparsevlm.mini.vocabulary import CLASSES, COLORS
 
 TYPES = ("digit_of_color", "shape_of_color", "exist", "first_or_last", "order", "motion")
@@ -36,10 +36,7 @@ def candidates(objects: list[ClipObject], rng: np.random.RandomState) -> dict[st
 
 def draw(objects: list[ClipObject], count: int, rng: np.random.RandomState) -> list[Question]:
     """``count`` questions: a type drawn by ``TRAINING_WEIGHTS``, then one of the clip's questions of it."""
-    pools = {name: pool for name, pool in candidates(objects, rng).items() if pool}
-    weights = np.array([TRAINING_WEIGHTS.get(name, 1.0) for name in pools])
-    types = rng.choice(list(pools), count, p=weights / weights.sum())
-    return [pools[name][rng.randint(len(pools[name]))] for name in types]
+    return draw_by_weight(candidates(objects, rng), TRAINING_WEIGHTS, count, rng)
 
 
 def _name(obj: ClipObject) -> str:

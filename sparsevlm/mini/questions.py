@@ -103,9 +103,16 @@ def draw(objects: list[SceneObject], count: int, rng: np.random.RandomState) -> 
     """
     if not objects:
         return []
-    pools = {name: pool for name, pool in candidates(objects, rng).items() if pool}
-    weights = np.array([TRAINING_WEIGHTS.get(name, 1.0) for name in pools])
-    types = rng.choice(list(pools), count, p=weights / weights.sum())
+    return draw_by_weight(candidates(objects, rng), TRAINING_WEIGHTS, count, rng)
+
+
+def draw_by_weight(
+    found: dict[str, list[Question]], weights: dict[str, float], count: int, rng: np.random.RandomState
+) -> list[Question]:
+    """``count`` of the questions found: a type that has any by its weight (1 if not named), then one of that type."""
+    pools = {name: pool for name, pool in found.items() if pool}
+    shares = np.array([weights.get(name, 1.0) for name in pools])
+    types = rng.choice(list(pools), count, p=shares / shares.sum())
     return [pools[name][rng.randint(len(pools[name]))] for name in types]
 
 
