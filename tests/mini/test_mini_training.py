@@ -1,20 +1,14 @@
 """Training of the embedded model: what is computed, that it learns, and that a killed run continues exactly."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from sparsevlm.mini import questions, train, weights_dir
-from sparsevlm.mini.batches import ANSWER_WEIGHT, END_WEIGHT, FORETOLD_WEIGHT, BatchShape, SceneBatches
+from sparsevlm.mini import train, weights_dir
+from sparsevlm.mini.batches import BatchShape, SceneBatches
 from sparsevlm.mini.finetune import Answering
 from sparsevlm.mini.hub import export
 from sparsevlm.mini.model import build_config, build_model, embed_patches
@@ -22,8 +16,6 @@ from sparsevlm.mini.packed import packed_attention, packed_positions
 from sparsevlm.mini.plan import CONTINUATION, PLAN, SHORT, VIDEO, Phase, Settings
 from sparsevlm.mini.pretrain import Alignment, NeutralBackground
 from sparsevlm.mini.run import Run
-from sparsevlm.mini.scenes import NO_CLASS, NO_COLOR, SceneGenerator
-from sparsevlm.mini.vocabulary import WORDS
 
 CPU = torch.device("cpu")
 TINY = (
@@ -122,64 +114,6 @@ def test_packed_attention_is_attention_with_the_mask_it_stands_for():
 def test_packed_positions_by_hand():
     positions = packed_positions(torch.tensor([[0, 1, 7], [0, 1, 9]]), 20, 2)
     assert positions.tolist() == [[0, 1, last, *range(20, 32), *range(20, 32)] for last in (7, 9)]
-
-
-def test_labels_of_relations():
-    """Left neighbour and place in reading order, derived again from the pictures' objects by other code."""
-    batches = SceneBatches("train", 0, 0, BatchShape(24, 1))
-    generator, seen = SceneGenerator("train"), Counter()
-    for index in range(4):
-        scene = generator.draw(np.random.RandomState([*batches._stream, index]))
-        batch = {key: value[0].tolist() for key, value in batches[index].items() if value.ndim == 2}
-        middles = [((o.y + o.size / 2) // 7 * 24 + (o.x + o.size / 2) // 7) for o in scene.objects]
-        for patch, number in enumerate(scene.object_map.reshape(-1).tolist()):
-            found = batch["left_classes"][patch], batch["left_colors"][patch]
-            if number < 0:
-                assert found == (-100, -100)
-                continue
-            obj = scene.objects[number]
-            touching = [o for o in scene.objects if number in (o.neighbour, o.second_digit)]
-            assert all((o.x + o.size, o.y) == (obj.x, obj.y) for o in touching)
-            assert found == ((touching[0].kind, touching[0].color) if touching else (NO_CLASS, NO_COLOR))
-            seen["left"] += bool(touching)
-        assert np.flatnonzero(batch["centers"]).tolist() == sorted(map(int, middles))
-        for patch in range(576):
-            if patch not in middles:
-                assert batch["color_ranks"][patch] == batch["class_ranks"][patch] == -100
-                continue
-            obj = scene.objects[middles.index(patch)]
-            before = [o for o, middle in zip(scene.objects, middles, strict=True) if middle < patch]
-            alike = [o for o in before if (o.color, o.is_digit) == (obj.color, obj.is_digit)]
-            assert batch["color_ranks"][patch] == len(alike)
-            assert batch["class_ranks"][patch] == sum(o.kind == obj.kind for o in before)
-            seen["ranked"] += bool(alike)
-    assert seen["left"] > 0 and seen["ranked"] > 0
-
-
-def test_a_batch_depends_on_split_seed_phase_and_index_alone():
-    shape = BatchShape(8, 2, 3)
-    first = SceneBatches("train", 0, 1, shape)[7]
-    again = next(iter(SceneBatches("train", 0, 1, shape).loader([7], workers=0)))
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    for other in (("test", 0, 1, 7), ("train", 1, 1, 7), ("train", 0, 2, 7), ("train", 0, 1, 8)):
-        assert not torch.equal(first["pixels"], SceneBatches(*other[:3], shape)[other[3]]["pixels"])
-
-
-def test_packed_tokens_targets_and_weights():
-    batch = SceneBatches("train", 0, 0, BatchShape(24, 4, 8))[0]
-    rows = zip(*(batch[key].view(32, 12).tolist() for key in ("ids", "targets", "weights")), strict=True)
-    for (ids, targets, weights), type_ in zip(rows, batch["types"].flatten().tolist(), strict=True):
-        words = [WORDS[i] for i in ids if i]
-        at = words.index("?")
-        assert words[at + 1 : at + 3] == ["assistant", ":"]
-        answer = words[at + 3 :]
-        assert len(answer) == (2 if questions.TYPES[type_] == "read" else 1)
-        weights = [round(w, 3) for w in weights]
-        expected = [0.0] * 12
-        expected[at - 1 : at + 2] = [FORETOLD_WEIGHT] * 3
-        expected[at + 2 : at + 3 + len(answer)] = [ANSWER_WEIGHT] * len(answer) + [END_WEIGHT]
-        assert weights == expected
-        assert [WORDS[t] for t in targets[at - 1 : at + 3 + len(answer)]] == [answer[0]] * 3 + answer + ["</s>"]
 
 
 @pytest.mark.parametrize(
@@ -374,32 +308,3 @@ def test_export_writes_the_shipped_folder_and_spares_foreign_ones(tmp_path, ship
         export(shipped, foreign)
     assert (foreign / "cat.jpg").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "photos"]
-
-
-RANK = """
-import sys, torch
-from itertools import islice
-from sparsevlm.mini.ranks import Ranks
-ranks = Ranks()
-weights = [torch.nn.Parameter(torch.zeros(size)) for size in ((2, 3), 4, 1)]
-weights[0].grad, weights[1].grad = torch.full((2, 3), 1.0 + ranks.rank), torch.arange(4.0) * (1 - ranks.rank)
-ranks.average_gradients(weights)
-found = {"first": ranks.first, "gradients": [w.grad for w in weights], "clock": ranks.now()}
-torch.save(found | {"batches": list(islice(ranks.indices(3), 3))}, f"{sys.argv[1]}/{ranks.rank}.pt")
-ranks.close()
-"""
-
-
-def test_two_processes_average_gradients_share_a_clock_and_divide_the_batches(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", RANK, str(tmp_path)]
-    started = [subprocess.Popen(command, env={**os.environ, **where, "RANK": str(rank)}) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
-    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert one["clock"] == other["clock"] and one["first"] and not other["first"]
-    assert (one["batches"], other["batches"]) == ([6, 8, 10], [7, 9, 11])
-    for found in (one["gradients"], other["gradients"]):
-        assert torch.equal(found[0], torch.full((2, 3), 1.5)) and torch.equal(found[1], torch.arange(4.0) / 2)
-        assert found[2] is None
