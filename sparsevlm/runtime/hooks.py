@@ -26,6 +26,7 @@ from sparsevlm.runtime.masks import SegmentMasks, padding_from
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.prompt import read_prompt
+from sparsevlm.runtime.rows import column
 from sparsevlm.runtime.trace import Trace
 
 _PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
@@ -220,17 +221,27 @@ class Hooks:
         return self.step
 
     def _on_output(self, module: nn.Module, args: tuple, out):
-        """Give the caller a sequence of the length it passed in (zeros where tokens were dropped)."""
+        """Give the caller a sequence of the length it passed in (zeros where tokens were dropped).
+
+        Of a prompt that ends with an image whose last token was dropped, the last survivor takes the last place: that
+        is where the next token is read.
+        """
         prefill, self.prefill, self.step = self.prefill, None, None
-        if prefill is None or prefill.length == prefill.prompt.length and not prefill.merged_sources:
+        if prefill is None or prefill.source is None:  # no row has moved
             return None
-        hidden = out.last_hidden_state
+        hidden, real = out.last_hidden_state, None
         if prefill.key_mask is not None:
-            hidden = hidden * prefill.key_mask[:, -prefill.length :, None]
+            real = prefill.key_mask[:, -prefill.length :]
+            hidden = hidden * real[..., None]
         with part("gathering"):
             full = hidden.new_zeros(hidden.shape[0], prefill.prompt.length, hidden.shape[2])
-            source = prefill.source.to(hidden.device)[..., None].expand_as(hidden)
-            out.last_hidden_state = full.scatter_add_(1, source, hidden)
+            source = prefill.source.to(hidden.device)
+            if not prefill.prompt.text.any(1).all():
+                end = column([prefill.prompt.length - 1 - n for n in prefill.prompt.trailing], hidden.device)
+                there = source == end if real is None else (source == end) & real.to(end.device)
+                dropped = ~there.any(1, keepdim=True)
+                source = torch.cat([source[:, :-1], torch.where(dropped, end, source[:, -1:])], 1)
+            out.last_hidden_state = full.scatter_add_(1, source[..., None].expand_as(hidden), hidden)
         return out
 
     # ---- what scoring has computed already -------------------------------------------------------------------------

@@ -457,9 +457,20 @@ def test_no_text_after_the_image():
     before = model.generate(**x, **GENERATE)
     with build()(model):
         assert torch.equal(logits(before), logits(model.generate(**x, **GENERATE)))
+    seen = []
+    spy = model.model.language_model.register_forward_pre_hook(lambda m, a, k: seen.append(k), with_kwargs=True)
     with METHODS["random"]()(model) as trace:  # needs no text
-        model.generate(**x, **GENERATE)
+        out = model.generate(**x, **GENERATE)
+    spy.remove()
     assert trace.prefills[0].leaving == [12]
+    # also where the very last token was dropped: the next one is read off the last survivor
+    (kept,) = trace.prefills[0].stages[0].kept
+    assert int(kept.max()) < 35
+    stay = torch.cat([torch.arange(len(prompt([5]))), len(prompt([5])) + kept])
+    embeds = seen[0]["inputs_embeds"][:, stay]
+    with torch.no_grad():
+        want = model.model.language_model(inputs_embeds=embeds, position_ids=stay[None]).last_hidden_state[:, -1]
+        same(out.logits[0], model.lm_head(want).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
