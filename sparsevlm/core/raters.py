@@ -15,7 +15,7 @@ def select_raters(
     text: Tensor,
     visual_valid: Tensor | None = None,
     text_valid: Tensor | None = None,
-    rule: str = "paper",
+    rule: str | int = "paper",
 ) -> Tensor:
     """Choose the raters among the text tokens, from the embeddings that enter the language model.
 
@@ -23,13 +23,14 @@ def select_raters(
     token rates if r exceeds the mean of r strictly. (The paper writes >=, the authors' code >; they differ only when
     r equals its mean exactly.) If no token exceeds the mean (one text token, or all alike) every text token rates;
     the authors' code then scores with no rater and yields NaN.
-    `centred`: the same after subtracting the mean visual embedding; `all`: every text token; `last`: the last one.
+    `centred`: the same after subtracting the mean visual embedding; `all`: every text token; `last`: the last one; a
+    number: so many text tokens, those with the highest r (the first of equals), or all where there are fewer.
 
     Args:
         visual: [B, V, D] embeddings of the visual tokens.
         text: [B, T, D] embeddings of the candidate text tokens.
         visual_valid, text_valid: [B, V], [B, T] bool, None = all.
-        rule: one of RULES.
+        rule: one of RULES, or a number of raters, at least 1.
 
     Returns:
         [B, T] bool. Computed in float32 whatever the input (float64 stays).
@@ -37,8 +38,7 @@ def select_raters(
     Raises:
         ValueError: unknown rule.
     """
-    if rule not in RULES:
-        raise ValueError(f"unknown rater rule {rule!r}; known rules: {', '.join(RULES)}")
+    check_rule(rule)
     valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if text_valid is None else text_valid
     if rule == "all":
         return valid
@@ -46,9 +46,20 @@ def select_raters(
         position = torch.arange(text.shape[1], device=text.device)
         return valid & (position == torch.where(valid, position, -1).amax(1, keepdim=True))
     weights = relevance(visual, text, visual_valid, text_valid, centred=rule == "centred")
+    if not isinstance(rule, str):
+        order = weights.masked_fill(~valid, -1).argsort(dim=1, descending=True, stable=True)
+        return valid & (order.argsort(1) < rule)
     chosen = weights > _mean(weights.unsqueeze(-1), text_valid)
     chosen = chosen if text_valid is None else chosen & text_valid
     return torch.where(chosen.any(1, keepdim=True), chosen, valid)
+
+
+def check_rule(rule: str | int, more: tuple[str, ...] = ()) -> None:
+    """Raises a ValueError that lists the rules, unless this is one of them, one of `more` or a number from 1 on."""
+    number = isinstance(rule, int) and not isinstance(rule, bool)
+    if (number and rule < 1) or (not number and rule not in (*RULES, *more)):
+        known = ", ".join((*RULES, *more))
+        raise ValueError(f"unknown rater rule {rule!r}; known rules: {known}, or a number of text tokens from 1 on")
 
 
 def relevance(

@@ -28,7 +28,7 @@ from torch import Tensor
 from sparsevlm.budget import Schedule, check_layers, explicit_schedule, scale_layers, solve
 from sparsevlm.core.packing import take
 from sparsevlm.core.precision import at_least_float32
-from sparsevlm.core.raters import RULES, select_raters
+from sparsevlm.core.raters import check_rule, select_raters
 from sparsevlm.core.recycling import density_peaks, merge_weights
 from sparsevlm.core.scores import mean_scores
 from sparsevlm.methods.base import Method, int_tuple, one_of
@@ -60,9 +60,9 @@ class SparseVLM(Method):
         layers: 0-based layers on whose output pruning acts; None = 2, 6, 15 of 32, scaled to the model's depth.
         keep: visual tokens kept at each of them, instead of a budget; recycled tokens come on top.
         raters: "paper" (authors' strict mean), "all" text tokens, "centred" (after subtracting the mean visual
-            embedding), "last" (the last text token) or "tokens": every token, visual ones too, the baseline of the
-            paper's Figure 5 (sums then, not means: the order is the same). That one needs the attention of all rows,
-            B x heads x L x L: for ablations only.
+            embedding), "last" (the last text token), a number (so many text tokens, the most relevant) or "tokens":
+            every token, visual ones too, the baseline of the paper's Figure 5 (sums then, not means: the order is the
+            same). That one needs the attention of all rows, B x heads x L x L: for ablations only.
         recycle: share of the dropped tokens that is recycled (tau of eq. 8); 0 = plain pruning.
         cluster: recycled tokens per pooled token (theta of eq. 9).
         merge: "mean" of a cluster (the code) or "sum" (eq. 10).
@@ -78,7 +78,7 @@ class SparseVLM(Method):
 
     layers: Sequence[int] | None = None
     keep: Sequence[int] | None = None
-    raters: str = "paper"
+    raters: str | int = "paper"
     recycle: float = 0.3
     cluster: float = 0.1
     merge: str = "mean"
@@ -95,7 +95,7 @@ class SparseVLM(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.layers, self.keep = int_tuple(self.layers, "layers"), int_tuple(self.keep, "keep")
-        one_of(self.raters, (*RULES, EVERY_TOKEN), "rater rule")
+        check_rule(self.raters, (EVERY_TOKEN,))
         one_of(self.merge, ("mean", "sum"), "merge")
         one_of(self.positions, ("renumber", "original"), "positions")
         one_of(self.recycled_at, ("end", "centre"), "recycled_at")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsevlm.core.raters import RULES, select_raters
+from sparsevlm.core.raters import RULES, relevance, select_raters
 
 
 def draw(seed, batch=3, visual=20, text=9, width=16):
@@ -78,8 +78,32 @@ def test_all_and_last():
     assert select_raters(visual, text, rule="last").nonzero().tolist() == [[0, 8], [1, 8], [2, 8]]
 
 
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 50])
+def test_a_number_takes_the_most_relevant(count):
+    visual, text = draw(5)
+    valid = torch.ones(3, 9, dtype=torch.bool)
+    valid[1, 4:] = False
+    chosen = select_raters(visual, text, text_valid=valid, rule=count)
+    for b, most in enumerate((9, 4, 9)):
+        r = relevance(visual[b : b + 1], text[b : b + 1, :most])[0].tolist()
+        best = sorted(range(most), key=lambda i: -r[i])[:count]
+        assert chosen[b].nonzero()[:, 0].tolist() == sorted(best)
+
+
+def test_the_papers_rule_takes_the_most_relevant_too():
+    visual, text = draw(6, batch=8)
+    by_rule = select_raters(visual, text)
+    for b in range(8):
+        one = slice(b, b + 1)
+        assert torch.equal(by_rule[one], select_raters(visual[one], text[one], rule=int(by_rule[b].sum())))
+
+
+def test_of_equals_a_number_takes_the_first():
+    assert select_raters(torch.zeros(1, 3, 4), torch.randn(1, 5, 4), rule=2)[0].tolist() == [1, 1, 0, 0, 0]
+
+
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 10**6), st.sampled_from(RULES), st.data())
+@given(st.integers(0, 10**6), st.sampled_from((*RULES, 1, 3)), st.data())
 def test_a_masked_batch_equals_its_samples_alone(seed, rule, data):
     visual, text = draw(seed)
     fewest = 3 if rule == "centred" else 1  # two centred tokens are opposite: two text tokens tie exactly
@@ -97,7 +121,7 @@ def test_a_masked_batch_equals_its_samples_alone(seed, rule, data):
         assert torch.equal(together[b, t_at[b]], alone[0])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, 1, 3])
 def test_a_single_text_token_rates(rule):
     visual, text = draw(3, text=1)
     assert select_raters(visual, text, rule=rule).all()
@@ -112,6 +136,7 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(select_raters(visual, text), select_raters(visual.float(), text.float()))
 
 
-def test_unknown_rule():
-    with pytest.raises(ValueError, match="unknown rater rule 'best'; known rules: paper, all, centred, last"):
-        select_raters(*draw(0), rule="best")
+@pytest.mark.parametrize("rule", ["best", 0, -2, True, 2.5, None])
+def test_unknown_rule(rule):
+    with pytest.raises(ValueError, match=f"unknown rater rule {rule!r}; known rules: paper, all, centred, last, or a"):
+        select_raters(*draw(0), rule=rule)
