@@ -88,7 +88,7 @@ def measure(prompts: int) -> list[dict]:
 
 
 def _overlap(one: set[int], other: set[int]) -> float:
-    """Share of the first's tokens that the other has, too; of none (a stage may keep pooled tokens only), all or none."""
+    """Share of the first's tokens that the other has; of none (a stage may keep pooled tokens only), all or none."""
     return len(one & other) / len(one) if one else float(not other)
 
 
