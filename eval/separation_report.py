@@ -119,12 +119,12 @@ def write(folder: Path) -> list[Path]:
             for part in (f"## By type of question, {b} tokens", _by_type(by_key, labels, types, b))
         ),
         "## Which words rate, in SparseVLM by the paper's rule",
-        _raters(by_key, budgets),
+        rater_words(by_key, budgets),
         _refusals(outcomes),
     ]
     text = folder / "separation.md"
     text.write_text("\n\n".join(part for part in parts if part) + "\n")
-    table = pd.DataFrame(
+    frame = pd.DataFrame(
         {
             "method": o.label,
             "budget": o.budget or "full",
@@ -142,7 +142,7 @@ def write(folder: Path) -> list[Path]:
         for o in by_key.values()
     )
     data = folder / "separation.csv"
-    table.round(3).to_csv(data, index=False)
+    frame.round(3).to_csv(data, index=False)
     return [text, data]
 
 
@@ -150,17 +150,26 @@ def _overall(by_key, labels, budgets) -> str:
     lines = [["method", *budgets], ["---", *["---:"] * len(budgets)]]
     for control in ("none", "blind"):
         if outcome := by_key.get((control, None)):
-            lines.append([f"**{control}**: {_cell(outcome)}", *[""] * len(budgets)])
+            lines.append([f"**{control}**: {cell(outcome)}", *[""] * len(budgets)])
     for label in labels:
         cells = [by_key.get((label, budget)) for budget in budgets]
-        lines.append([label, *("refused" if c is None else _cell(c) for c in cells)])
-    return _table(lines)
+        lines.append([label, *("refused" if c is None else cell(c) for c in cells)])
+    return table(lines)
 
 
-def _cell(outcome: Outcome) -> str:
+def cell(outcome: Outcome) -> str:
+    """Accuracy in percent with its interval and, behind a bar, the share of the answer's tokens kept."""
     mean, low, high = (100 * v for v in bootstrap_ci(list(outcome.right.values())))
     share = "" if outcome.kept is None else f" \\| {100 * outcome.kept:.0f} %"
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]{share}"
+
+
+def difference(this: Outcome | None, that: Outcome | None) -> str:
+    """This minus that in points, with the interval, paired over questions."""
+    if this is None or that is None:
+        return "not run"
+    mean, low, high = (100 * v for v in paired_difference(this.right, that.right))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def _contrasts(by_key, budgets) -> str:
@@ -174,13 +183,9 @@ def _contrasts(by_key, budgets) -> str:
         for budget in budgets:
             a = by_key.get(("none", None) if this is None else (this.label, budget))
             b = by_key.get((that.label, budget))
-            if a is None or b is None:
-                cells.append("not run")
-                continue
-            mean, low, high = (100 * v for v in paired_difference(a.right, b.right))
-            cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+            cells.append(difference(a, b))
         lines.append([f"{this.label if this else 'none'} - {that.label}", *cells, meaning])
-    return _table(lines)
+    return table(lines)
 
 
 def _by_type(by_key, labels, types, budget) -> str:
@@ -188,10 +193,11 @@ def _by_type(by_key, labels, types, budget) -> str:
     for key in (("none", None), ("blind", None), *((label, budget) for label in labels)):
         if outcome := by_key.get(key):
             lines.append([key[0], *(f"{outcome.accuracy(name):.0f}" for name in types)])
-    return _table(lines)
+    return table(lines)
 
 
-def _raters(by_key, budgets) -> str:
+def rater_words(by_key, budgets) -> str:
+    """In which share of the questions a word rates, by the paper's rule; at the first of the budgets that was run."""
     for budget in budgets:
         if outcome := by_key.get(("sparsevlm", budget)):
             words = Counter(word for r in outcome.results for word in r.get("raters", ()))
@@ -206,7 +212,8 @@ def _refusals(outcomes) -> str:
     return "## Refused\n\n" + "\n".join(lines) if lines else ""
 
 
-def _table(lines) -> str:
+def table(lines: list[list]) -> str:
+    """Markdown of the lines' cells."""
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

@@ -1,0 +1,124 @@
+"""Does what the separation report says of one training of the model hold for others? Their reports in one table.
+
+    python -m sparsevlm.mini.train --seed 1 --minutes 40 --out outputs/seed1        # and so on
+    python -m eval.separation --model outputs/seed1/model --methods random,saliency,sparsevlm \\
+        --questions 270 --out results/separation_seeds/seed1
+    python -m eval.separation_seeds results/separation results/separation_seeds/seed1 --out results/separation_seeds
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from eval.separation import Setting
+from eval.separation_report import Outcome, cell, difference, rater_words, read, table
+
+PAPER, ALL = Setting("sparsevlm"), Setting("sparsevlm", options={"raters": "all"})
+CENTRED, PICTURE, CHANCE = Setting("sparsevlm", options={"raters": "centred"}), Setting("saliency"), Setting("random")
+_SAME = ("task", "seed", "questions")
+
+Outcomes = dict[tuple[str, int | None], Outcome]
+
+
+def read_all(folders: list[Path]) -> dict[str, Outcomes]:
+    """What was measured of each training, by the name of its folder.
+
+    Raises:
+        ValueError: two reports are of the same weights, or of different questions.
+    """
+    found: dict[str, Outcomes] = {}
+    weights: dict[str, Path] = {}
+    asked = None
+    for folder in folders:
+        outcomes = read(folder)
+        head = outcomes[0].content
+        this = {key: head[key] for key in _SAME}
+        if asked not in (None, this):
+            raise ValueError(f"{folder} is of {this}, {folders[0]} of {asked}: ask all trainings the same questions")
+        asked = this
+        if head["weights"] in weights:
+            raise ValueError(f"{folder} and {weights[head['weights']]} are of the same weights")
+        weights[head["weights"]] = folder
+        found[folder.name] = {(o.label, o.budget): o for o in outcomes if o.results}
+    if len(found) < len(folders):
+        raise ValueError(f"the folders need different names, got {', '.join(folder.name for folder in folders)}")
+    return found
+
+
+def report(trainings: dict[str, Outcomes]) -> str:
+    """The Markdown."""
+    head = next(iter(next(iter(trainings.values())).values())).content
+    budgets = sorted({b for outcomes in trainings.values() for _, b in outcomes if b}, reverse=True)
+    parts = [
+        "# Trainings compared",
+        f"Accuracy in percent on the first {head['questions']} questions of `{head['task']}`, seed {head['seed']}, "
+        "float32, greedy. In brackets 95 % intervals (bootstrap over questions; differences, in points, are paired), "
+        "behind the bar the share of the answer's tokens that the first stage keeps. "
+        "`python -m eval.separation_seeds` makes this file.",
+        _trainings(trainings),
+        *(part for b in budgets for part in (f"## {b} tokens", _accuracy(trainings, b), _differences(trainings, b))),
+        "## Which words rate, in SparseVLM by the paper's rule",
+        *(f"- {name}: {rater_words(outcomes, budgets)}" for name, outcomes in trainings.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _trainings(trainings) -> str:
+    lines = [["training", "weights", "unpruned", "blind"], ["---", "---", "---:", "---:"]]
+    for name, outcomes in trainings.items():
+        whole, blind = outcomes["none", None], outcomes["blind", None]
+        lines.append([name, whole.content["weights"], cell(whole), cell(blind)])
+    return table(lines)
+
+
+def _accuracy(trainings, budget: int) -> str:
+    chosen = {
+        "random": CHANCE,
+        "paper's raters": PAPER,
+        "centred": CENTRED,
+        "all words": ALL,
+        "the picture as rater": PICTURE,
+    }
+    lines = [["training", *chosen], ["---", *["---:"] * len(chosen)]]
+    for name, outcomes in trainings.items():
+        found = [outcomes.get((setting.label, budget)) for setting in chosen.values()]
+        lines.append([name, *("not run" if outcome is None else cell(outcome) for outcome in found)])
+    return table(lines)
+
+
+def _differences(trainings, budget: int) -> str:
+    pairs = {
+        "paper's raters - random": (PAPER, CHANCE),
+        "paper's raters - all words": (PAPER, ALL),
+        "centred - all words": (CENTRED, ALL),
+        "all words - the picture": (ALL, PICTURE),
+    }
+    lines = [["training", *pairs], ["---", *["---:"] * len(pairs)]]
+    for name, outcomes in trainings.items():
+        found = [(outcomes.get((a.label, budget)), outcomes.get((b.label, budget))) for a, b in pairs.values()]
+        lines.append([name, *(difference(a, b) for a, b in found)])
+    return table(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m eval.separation_seeds", description=__doc__.split("\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="what eval.separation left, one folder per training")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new seeds.md")
+    options = parser.parse_args(arguments)
+    try:
+        text = report(read_all(options.folders))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "seeds.md"
+    path.write_text(text)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
