@@ -1,7 +1,7 @@
 """Ablations: the same method and budget with another value of one option, on the same questions; and the paper's.
 
-Built from whatever runs differ in nothing but that option. `experiment=ablation_recycling`, `ablation_raters` and
-`ablation_layers` make such runs on the embedded model.
+Built from whatever runs differ in nothing but that option. `experiment=ablation_recycling`, `ablation_raters`,
+`ablation_text_tokens` and `ablation_layers` make such runs on the embedded model.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from sparsevlm.methods import method_class
 
 OPTIONS = {
     "recycle": ("recycling", "share of the dropped tokens that is recycled; 0: plain pruning at the same budget"),
-    "raters": ("raters", "which text tokens rate the visual ones"),
+    "raters": ("raters", "which text tokens rate the visual ones; a number: so many, the most relevant"),
     "layers": ("layers", "layers on whose output pruning acts"),
 }
 _SEVEN_B = "llava_1_5_7b"
+_RATED_BY = {"all text tokens": "all", "all tokens": "tokens"}  # the paper's words, and our option
 _COMMAND = ".venv/bin/python -m eval.run -m experiment=llava_1_5_7b_paper method=sparsevlm"
 
 
@@ -151,8 +152,8 @@ def raters_paper(runs: Sequence[Run]) -> Table:
         for row in found[found["metric"].isin(kinds)].to_dict("records"):
             against, benchmark = kinds[row["metric"]], benchmarks[row["benchmark"]]
             ours = Part(NOTHING, "ours")
-            if against == "all text tokens":
-                methods = ("sparsevlm", "sparsevlm (raters=all)")
+            if against in _RATED_BY:
+                methods = ("sparsevlm", f"sparsevlm (raters={_RATED_BY[against]})")
                 pair = [chosen.get((benchmark.task, method, int(row["tokens"]))) for method in methods]
                 ours = Part(NOT_RUN, "ours")
                 if None not in pair:
@@ -161,9 +162,8 @@ def raters_paper(runs: Sequence[Run]) -> Table:
             names = [version, row["tokens"], against, benchmark.label]
             rows.append([*map(cell, names), (ours, published_part(row))])
     caption = (
-        "Gain by choosing raters, in points, LLaVA-1.5-7B. Each cell: ours | paper. The paper's comparison with all "
-        f"tokens as raters has no option here ({NOTHING}). {NOT_RUN}: nobody ran it here; "
-        f"`{_COMMAND} method.raters=paper,all budget=64 task=textvqa,pope` does."
+        f"Gain by choosing raters, in points, LLaVA-1.5-7B. Each cell: ours | paper. {NOT_RUN}: nobody ran it here; "
+        f"`{_COMMAND} method.raters=paper,all,tokens budget=64 task=textvqa,pope` does."
     )
     return Table("raters_paper", "Rater ablation of the paper", caption,
                  ["edition", "tokens", "against", "benchmark", "gain"], rows, 4)  # fmt: skip

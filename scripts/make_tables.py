@@ -24,6 +24,7 @@ import pandas as pd
 from scripts.ablations import ablation_tables, interval
 from scripts.cost_tables import efficiency_paper, efficiency_table, latency_table, number, timing
 from scripts.paper_tables import EDITIONS, paper_table
+from scripts.rank_ablation import rank_ablation
 from scripts.runs import LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
 from scripts.separation import separation_table
 from scripts.summary import Summary, embedded, summarise
@@ -64,6 +65,7 @@ def build_tables(runs: Sequence[Run], metric: str | None = None) -> list[Table]:
     groups = accuracy_groups(runs)
     tables = [*(paper_table(edition, runs) for edition in EDITIONS), efficiency_paper(runs)]
     tables += ablation_tables(groups, runs, metric)
+    tables += [table for group in groups if (table := rank_ablation(group, metric)) is not None]
     for group in groups:
         summary = summarise(group, runs, metric)
         runs_of_rows = [

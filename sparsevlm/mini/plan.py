@@ -43,12 +43,7 @@ SHORT = (
 )
 SHORT_MINUTES = 20
 #: For a model that answers questions already.
-CONTINUATION = (
-    Phase("answer", BatchShape(grid=16, images=6, questions=24), time_share=0.35, step_share=0.5),
-    Phase("answer", BatchShape(grid=24, images=5, questions=24), time_share=0.65, step_share=0.5),
-)
-
-
+CONTINUATION = (Phase("answer", BatchShape(grid=24, images=5, questions=24), time_share=1.0, step_share=1.0),)
 #: For the video model, which starts from the model for pictures.
 VIDEO = (Phase("answer", BatchShape(grid=8, images=4, questions=16, clips=True), time_share=1.0, step_share=1.0),)
 

@@ -56,7 +56,8 @@ def accuracy_run(
     }  # fmt: skip
     samples = [
         {"doc_id": i, "question": f"q{i}", "question_type": types[i % len(types)] if types else "count",
-         "target": "7", "answer": "7" if s else "3", "scores": {"accuracy": s}}
+         "target": "7", "answer": "7" if s else "3", "scores": {"accuracy": s}, "input_tokens": 580 + i % 3,
+         "leaving": tokens[1] + (i % 3 - 1 if method == "sparsevlm_rank" else 0)}
         for i, s in enumerate(scores)
     ]  # fmt: skip
     config = {

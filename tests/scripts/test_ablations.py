@@ -11,6 +11,8 @@ import sparsevlm
 from eval.stats import bootstrap_ci
 from scripts.ablations import ablation, ablation_tables, recycling_paper
 from scripts.cost_tables import efficiency_paper, efficiency_table
+from scripts.make_tables import build_tables
+from scripts.rank_ablation import rank_ablation
 from scripts.runs import accuracy_groups, read_runs
 from scripts.separation import separation_table
 from scripts.summary import summarise
@@ -63,6 +65,28 @@ def test_tables_exist_for_what_was_varied(ablations):
     assert list(tables) == ["recycling_paper", "raters_paper", f"recycling__{name}", f"raters__{name}"]
     assert "not a 7B" in tables[f"recycling__{name}"].caption
     assert tables[f"raters__{name}"].texts[0][:3] == ["sparsevlm", "64", "paper (default)"]
+
+
+def test_rank_adaptive_runs_meet_the_fixed_list_of_as_many_tokens(tmp_path):
+    folders.accuracy_run(tmp_path, scores=EASE < 0.9)
+    adaptive = {"tokens": (120.0, 80.0), "raters": "all"}
+    folders.accuracy_run(tmp_path, "sparsevlm_rank", None, EASE < 0.7, digest="a", lam=0.8, **adaptive)
+    folders.accuracy_run(tmp_path, "sparsevlm_rank", None, EASE < 0.7, digest="b", lam=0.8)
+    folders.accuracy_run(tmp_path, "sparsevlm", 64, EASE < 0.4, digest="c", tokens=(100, 64.0), raters="all")
+    folders.accuracy_run(tmp_path, "sparsevlm", 82, EASE < 0.8, digest="d", tokens=(120, 82.0), raters="all")
+    folders.accuracy_run(tmp_path, "sparsevlm", 80, EASE < 0.3, digest="e", tokens=(120, 80.0))
+    table = rank_ablation(only_group(tmp_path))
+    rows = {row[0]: row for row in table.texts}
+    paired = (100 * x for x in bootstrap_ci((EASE < 0.7).astype(float) - (EASE < 0.8)))
+    row = rows["sparsevlm_rank (raters=all, lam=0.8)"]
+    assert row[1:4] == ["80.0", "79.0 to 81.0", "1.00"] and row[5] == "82.0"
+    assert row[-1] == "{:+.1f} [{:+.1f}, {:+.1f}]".format(*paired)
+    assert rows["sparsevlm_rank (lam=0.8)"][5:] == ["not run"] * 3  # 180 tokens: no list of as many
+    assert table.name in [t.name for t in build_tables(read_runs(tmp_path))]
+
+
+def test_no_rank_table_without_adaptive_runs(ablations):
+    assert rank_ablation(only_group(ablations)) is None
 
 
 def test_the_papers_ablations_take_7b_runs_only(ablations):
