@@ -1,6 +1,7 @@
 """Ablations, separation and efficiency: what they compare, and with what."""
 
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -159,23 +160,37 @@ def test_the_efficiency_of_a_group_has_times_of_the_same_setting(tmp_path):
     assert table.rows[0][9][0].runs == ("latency__mini__beef",)
 
 
-@pytest.mark.parametrize("option", ["recycle", "raters", "layers"])
-def test_the_experiments_vary_one_option_at_budgets_that_can_be_kept(option):
-    path = ROOT / "configs" / "experiment" / f"ablation_{'recycling' if option == 'recycle' else option}.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+def experiment_methods(name: str):
+    """The methods that `experiment=<name>` runs, built."""
+    config = yaml.safe_load((ROOT / "configs" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
     assert config["limit"] <= 200 and config["experiment"]["latency"] is None
-    values, common = set(), None
     for entry in config["experiment"]["runs"]:
-        options = {k.split(".")[1]: v for k, v in entry.items() if k.startswith("method.")}
-        options = {k: yaml.safe_load(v) if k == "layers" else v for k, v in options.items()}
-        budgets = entry.get("budget", "full")
-        for budget in budgets if isinstance(budgets, list) else [budgets]:
-            method = sparsevlm.build(entry["method"], budget=budget, **options)
-            if entry["method"] == "sparsevlm":
-                assert method.plan(576, 12).leaving == pytest.approx(budget, abs=0.5)
-                chosen = asdict(method)
-                values.add(str(chosen.pop(option)))
-                chosen.pop("budget")
-                assert common in (None, chosen)
-                common = chosen
+        several = [value if isinstance(value, list) else [value] for value in entry.values()]
+        for values in product(*several):
+            given = dict(zip(entry, values, strict=True))
+            options = {k.split(".")[1]: v for k, v in given.items() if k.startswith("method.")}
+            options = {k: yaml.safe_load(v) if k == "layers" else v for k, v in options.items()}
+            yield sparsevlm.build(given["method"], budget=given.get("budget"), **options)
+
+
+@pytest.mark.parametrize(
+    "name,option", [("recycling", "recycle"), ("raters", "raters"), ("text_tokens", "raters"), ("layers", "layers")]
+)
+def test_the_experiments_vary_one_option_at_budgets_that_can_be_kept(name, option):
+    values, common = set(), None
+    for method in experiment_methods(f"ablation_{name}"):
+        if method.name == "sparsevlm":
+            chosen = asdict(method)
+            assert method.plan(576, 12).leaving == pytest.approx(chosen.pop("budget"), abs=0.5)
+            values.add(str(chosen.pop(option)))
+            assert common in (None, chosen)
+            common = chosen
     assert len(values) > 1
+
+
+def test_the_experiment_on_ranks_has_fixed_lists_of_the_same_raters():
+    methods = list(experiment_methods("ablation_rank"))
+    assert {m.rule for m in methods if m.name == "sparsevlm_rank"} == {"paper", "v1.0", "video"}
+    assert {m.raters for m in methods if m.name != "none"} == {"all"}
+    fixed = [m for m in methods if m.name == "sparsevlm"]
+    assert len(fixed) == 4 and all(m.plan(576, 12).leaving == pytest.approx(m.budget, abs=0.5) for m in fixed)
