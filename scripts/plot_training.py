@@ -44,12 +44,14 @@ def draw(model: str, points: list[dict]):
     Args:
         model: its name.
         points: of the learning curve, in order: `minutes` and the accuracy (0 to 1) of each type and their `mean`.
+            Those of stage 1, which have no `mean`, are left out.
 
     Raises:
         ValueError: no points.
     """
+    points = [point for point in points if "mean" in point]
     if not points:
-        raise ValueError("it holds no points")
+        raise ValueError("it holds no points of stage 2")
     panels = ["mean", *(key for key in points[-1] if key not in _NO_SCORES)]
     columns = 5 if len(panels) > 8 else 4
     rows = -(-len(panels) // columns)

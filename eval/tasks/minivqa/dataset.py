@@ -30,7 +30,7 @@ from sparsevlm.mini.scenes import SceneGenerator
 DEFAULT_SEED = 0
 DEFAULT_N = 2000
 #: Raise when the same seed would give other rows than before: files of the older version are then left alone.
-VERSION = 2
+VERSION = 3
 FILE_NAME = "test.parquet"
 #: Where the YAML looks when nothing is overridden (ignored by git).
 DEFAULT_DIR = Path(__file__).parent / "data"
