@@ -3,7 +3,8 @@
     python -m sparsevlm.mini.train --seed 1 --minutes 40 --out outputs/seed1        # and so on
     python -m eval.separation --model outputs/seed1/model --methods random,saliency,sparsevlm \\
         --questions 270 --out results/separation_seeds/seed1
-    python -m eval.separation_seeds results/separation results/separation_seeds/seed1 --out results/separation_seeds
+    python -m eval.separation_seeds shipped=results/separation seed1=results/separation_seeds/seed1 \\
+        --out results/separation_seeds
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ _SAME = ("task", "seed", "questions")
 Outcomes = dict[tuple[str, int | None], Outcome]
 
 
-def read_all(folders: list[Path]) -> dict[str, Outcomes]:
-    """What was measured of each training, by the name of its folder.
+def read_all(folders: list[tuple[str, Path]]) -> dict[str, Outcomes]:
+    """What was measured of each training, by its name.
+
+    Args:
+        folders: names, and what `eval.separation` left of them.
 
     Raises:
         ValueError: two reports are of the same weights, or of different questions.
@@ -31,26 +35,28 @@ def read_all(folders: list[Path]) -> dict[str, Outcomes]:
     found: dict[str, Outcomes] = {}
     weights: dict[str, Path] = {}
     asked = None
-    for folder in folders:
+    for name, folder in folders:
         outcomes = read(folder)
         head = outcomes[0].content
         this = {key: head[key] for key in _SAME}
         if asked not in (None, this):
-            raise ValueError(f"{folder} is of {this}, {folders[0]} of {asked}: ask all trainings the same questions")
+            raise ValueError(f"{folder} is of {this}, {folders[0][1]} of {asked}: ask all trainings the same questions")
         asked = this
         if head["weights"] in weights:
             raise ValueError(f"{folder} and {weights[head['weights']]} are of the same weights")
         weights[head["weights"]] = folder
-        found[folder.name] = {(o.label, o.budget): o for o in outcomes if o.results}
+        found[name] = {(o.label, o.budget): o for o in outcomes if o.results}
     if len(found) < len(folders):
-        raise ValueError(f"the folders need different names, got {', '.join(folder.name for folder in folders)}")
+        names = ", ".join(name for name, _ in folders)
+        raise ValueError(f"the trainings need different names (name=folder), got {names}")
     return found
 
 
 def report(trainings: dict[str, Outcomes]) -> str:
     """The Markdown."""
     head = next(iter(next(iter(trainings.values())).values())).content
-    budgets = sorted({b for outcomes in trainings.values() for _, b in outcomes if b}, reverse=True)
+    each = [{budget for _, budget in outcomes if budget} for outcomes in trainings.values()]
+    budgets = sorted(set.intersection(*each), reverse=True)
     parts = [
         "# Trainings compared",
         f"Accuracy in percent on the first {head['questions']} questions of `{head['task']}`, seed {head['seed']}, "
@@ -102,14 +108,19 @@ def _differences(trainings, budget: int) -> str:
     return table(lines)
 
 
+def _named(argument: str) -> tuple[str, Path]:
+    name, _, folder = argument.rpartition("=")
+    return name or Path(folder).name, Path(folder)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m eval.separation_seeds", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="what eval.separation left, one folder per training")
+    parser.add_argument("folders", nargs="+", help="what eval.separation left, per training: folder or name=folder")
     parser.add_argument("--out", type=Path, required=True, help="folder of the new seeds.md")
     options = parser.parse_args(arguments)
     try:
-        text = report(read_all(options.folders))
+        text = report(read_all([_named(folder) for folder in options.folders]))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

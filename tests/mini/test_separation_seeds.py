@@ -45,13 +45,13 @@ def _row(text: str, heading: str, table: int, training: str) -> list[str]:
 
 
 def test_each_training_is_a_line_and_differences_stay_within_it(folders, tmp_path):
-    assert main([*map(str, folders), "--out", str(tmp_path / "out")]) == 0
+    assert main([f"one={folders[0]}", str(folders[1]), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "seeds.md").read_text()
-    assert [v.split(" ")[0] for v in _row(text, "64 tokens", 0, "a")] == ["a", "0.0", "50.0", "not", "0.0", "not"]
-    assert [v.split(" ")[0] for v in _row(text, "64 tokens", 1, "a")] == ["a", "+50.0", "+50.0", "not", "not"]
+    assert [v.split(" ")[0] for v in _row(text, "64 tokens", 0, "one")] == ["one", "0.0", "50.0", "not", "0.0", "not"]
+    assert [v.split(" ")[0] for v in _row(text, "64 tokens", 1, "one")] == ["one", "+50.0", "+50.0", "not", "not"]
     assert [v.split(" ")[0] for v in _row(text, "64 tokens", 1, "b")] == ["b", "-100.0", "+0.0", "not", "not"]
-    assert _row(text, "64 tokens", 0, "a")[1].endswith("/ 25 %")
-    assert "- a: Share of the questions in which a word becomes a rater: `:` 100 %, `red` 25 %." in text
+    assert _row(text, "64 tokens", 0, "one")[1].endswith("/ 25 %")
+    assert "- one: Share of the questions in which a word becomes a rater: `:` 100 %, `red` 25 %." in text
     assert "| b | 2222222222222222 | 75.0 [" in text
 
 
