@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsevlm.core.precision import at_least_float32
 
 RULES = ("paper", "all", "centred", "last")
+NUMBER = "a number of text tokens from 1 on"
 
 
 def select_raters(
@@ -38,7 +39,8 @@ def select_raters(
     Raises:
         ValueError: unknown rule.
     """
-    check_rule(rule)
+    if not is_rule(rule):
+        raise ValueError(f"unknown rater rule {rule!r}; known rules: {', '.join(RULES)}, or {NUMBER}")
     valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if text_valid is None else text_valid
     if rule == "all":
         return valid
@@ -54,12 +56,11 @@ def select_raters(
     return torch.where(chosen.any(1, keepdim=True), chosen, valid)
 
 
-def check_rule(rule: str | int, more: tuple[str, ...] = ()) -> None:
-    """Raises a ValueError that lists the rules, unless this is one of them, one of `more` or a number from 1 on."""
-    number = isinstance(rule, int) and not isinstance(rule, bool)
-    if (number and rule < 1) or (not number and rule not in (*RULES, *more)):
-        known = ", ".join((*RULES, *more))
-        raise ValueError(f"unknown rater rule {rule!r}; known rules: {known}, or a number of text tokens from 1 on")
+def is_rule(rule: str | int) -> bool:
+    """Whether `select_raters` takes it: one of RULES, or a number from 1 on."""
+    if isinstance(rule, int) and not isinstance(rule, bool):
+        return rule >= 1
+    return rule in RULES
 
 
 def relevance(

@@ -28,7 +28,7 @@ from torch import Tensor
 from sparsevlm.budget import Schedule, check_layers, explicit_schedule, scale_layers, solve
 from sparsevlm.core.packing import take
 from sparsevlm.core.precision import at_least_float32
-from sparsevlm.core.raters import check_rule, select_raters
+from sparsevlm.core.raters import NUMBER, RULES, is_rule, select_raters
 from sparsevlm.core.recycling import density_peaks, merge_weights
 from sparsevlm.core.scores import mean_scores
 from sparsevlm.methods.base import Method, int_tuple, one_of
@@ -95,7 +95,9 @@ class SparseVLM(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.layers, self.keep = int_tuple(self.layers, "layers"), int_tuple(self.keep, "keep")
-        check_rule(self.raters, (EVERY_TOKEN,))
+        if self.raters != EVERY_TOKEN and not is_rule(self.raters):
+            known = ", ".join((*RULES, EVERY_TOKEN))
+            raise ValueError(f"rater rule {self.raters!r} is unknown; known: {known}, or {NUMBER}")
         one_of(self.merge, ("mean", "sum"), "merge")
         one_of(self.positions, ("renumber", "original"), "positions")
         one_of(self.recycled_at, ("end", "centre"), "recycled_at")

@@ -49,7 +49,7 @@ def test_unknown_option(name):
 @pytest.mark.parametrize(
     "name,options,message",
     [
-        ("sparsevlm", {"raters": "best"}, "unknown rater rule 'best'; known rules: paper, all, centred, last"),
+        ("sparsevlm", {"raters": "best"}, "rater rule 'best' is unknown; known: paper, all, centred, last"),
         ("sparsevlm", {"merge": "max"}, "merge 'max' is unknown; known: mean, sum"),
         ("sparsevlm", {"positions": "new"}, "positions 'new' is unknown; known: renumber, original"),
         ("sparsevlm", {"recycled_at": "start"}, "recycled_at 'start' is unknown; known: end, centre"),
