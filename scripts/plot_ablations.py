@@ -63,7 +63,7 @@ def bars(group: Group, frame: pd.DataFrame, what: str, metric: str | None = None
     clusters = list(dict.fromkeys(zip(frame["method"], frame["budget"], strict=True)))
     methods = {method for method, _ in clusters}
     looks = style.looks(settings)
-    width = 0.8 / len(settings)
+    width, crowded = 0.8 / len(settings), len(settings) > 5
     fig, ax = style.figure(2.6, max(style.COLUMN_INCHES, min(style.PAGE_INCHES, 0.28 * len(frame) + 0.8)))
     for i, setting in enumerate(settings):
         rows = frame[frame["setting"] == setting]
@@ -79,7 +79,7 @@ def bars(group: Group, frame: pd.DataFrame, what: str, metric: str | None = None
                 sure = SIGNIFICANT if row["difference_low"] > 0 or row["difference_high"] < 0 else ""
                 top = row["value"] if pd.isna(row["high"]) else row["high"]
                 ax.annotate(f"{row['difference']:+.1f}{sure}", (at, top), (0, 2), textcoords="offset points",
-                            ha="center", fontsize=5.5, rotation=90 if len(settings) > 5 else 0)  # fmt: skip
+                            ha="center", fontsize=5.5, rotation=90 if crowded else 0)  # fmt: skip
     full = next((r for r in group.runs if r.metrics["method"] == UNPRUNED), None)
     if full is not None:
         ax.axhline((100 if percent else 1) * full.metrics["metrics"][metric]["value"], lw=0.8, **style.UNPRUNED)
@@ -90,7 +90,7 @@ def bars(group: Group, frame: pd.DataFrame, what: str, metric: str | None = None
     ax.grid(axis="x", visible=False)
     ax.set_axisbelow(True)
     ax.set_title(f"{what}: {group.task}, model {group.model}, {group.n} questions")
-    ax.margins(y=0.12 if len(settings) <= 5 else 0.25)
+    ax.margins(y=0.25 if crowded else 0.12)
     fig.legend(frameon=False, loc="outside lower center", ncols=3, handlelength=1.6, columnspacing=1.2)
     return fig
 

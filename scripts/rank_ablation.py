@@ -23,7 +23,8 @@ def rank_ablation(group: Group, metric: str | None = None) -> Table | None:
     metric, percent = metric_of(group, metric)
     scale, unit = (100.0, " %") if percent else (1.0, "")
     rows = []
-    for run in (r for r in group.runs if r.metrics["method"] == ADAPTIVE):
+    adaptive = [run for run in group.runs if run.metrics["method"] == ADAPTIVE]
+    for run in sorted(adaptive, key=_leaving, reverse=True):
         fixed, name = _fixed(run, group), label(ADAPTIVE, run.metrics["options"])
         texts = [name, f"{_leaving(run):.1f}", _spread(run), _words(run), _value(run, metric, scale)]
         row = [cell(text, run.folder.name) for text in texts]
@@ -37,7 +38,7 @@ def rank_ablation(group: Group, metric: str | None = None) -> Table | None:
                 cell(_value(fixed, metric, scale), fixed.folder.name),
                 cell(interval(pair, sign="+"), run.folder.name, fixed.folder.name),
             ]
-        rows.append((_leaving(run), row))
+        rows.append(row)
     if not rows:
         return None
     caption = (
@@ -51,8 +52,7 @@ def rank_ablation(group: Group, metric: str | None = None) -> Table | None:
         "adaptive", "tokens", "fewest to most", "correlation with prompt length", f"{metric}{unit} [95 %]",
         "tokens of the fixed list", f"fixed: {metric}{unit} [95 %]", "difference [95 %]",
     ]  # fmt: skip
-    ordered = [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
-    return Table(f"rank__{group.name}", f"Rank-adaptive: {group.task}, {group.model}", caption, columns, ordered, 1)
+    return Table(f"rank__{group.name}", f"Rank-adaptive: {group.task}, {group.model}", caption, columns, rows, 1)
 
 
 def _fixed(run: Run, group: Group) -> Run | None:
