@@ -115,7 +115,7 @@ sweep: setup ## runs of many methods over shared pictures: make sweep model=mini
 		$(if $(launcher),hydra/launcher=$(launcher)) $(if $(limit),limit=$(limit)) results_dir=$(results) $(args)
 
 retrain: setup ## train the embedded model from nothing: make retrain out=outputs/mini minutes=90
-	@$(RUN) -m sparsevlm.mini.train --out $(out) --minutes $(minutes) --resume $(args)
+	@$(RUN) -m sparsevlm.mini.training --out $(out) --minutes $(minutes) --resume $(args)
 
 clean: ## remove the environment and caches; results stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

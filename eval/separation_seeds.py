@@ -1,6 +1,6 @@
 """Does what the separation report says of one training of the model hold for others? Their reports in one table.
 
-    python -m sparsevlm.mini.train --seed 1 --minutes 40 --out outputs/seed1        # and so on
+    python -m sparsevlm.mini.training --seed 1 --minutes 40 --out outputs/seed1        # and so on
     python -m eval.separation --model outputs/seed1/model --methods random,saliency,sparsevlm \\
         --questions 270 --out results/separation_seeds/seed1
     python -m eval.separation_seeds shipped=results/separation seed1=results/separation_seeds/seed1 \\

@@ -2,7 +2,7 @@
 
     python scripts/plot_training.py --results results/reference
 
-Reads `<results>/training/<model>.json` (learning curves as `sparsevlm.mini.train` writes them, one after the other
+Reads `<results>/training/<model>.json` (learning curves as `sparsevlm.mini.training` writes them, one after the other
 where a model was trained in several runs; nothing is drawn where there are none) and writes `training__<model>.png`
 and `.pdf` to `<results>/figures/`.
 """

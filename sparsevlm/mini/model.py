@@ -125,7 +125,7 @@ def build_video_model(image_state: dict[str, torch.Tensor], seed: int) -> VideoL
     at random.
 
     Args:
-        image_state: state of the embedded model (:func:`sparsevlm.mini.hub.load_weights`).
+        image_state: state of the embedded model (:func:`sparsevlm.mini.training.hub.load_weights`).
         seed: of what is random.
     """
     torch.manual_seed(seed)

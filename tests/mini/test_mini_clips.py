@@ -8,11 +8,11 @@ from datasets import load_dataset
 from eval.tasks.minivqa_video.dataset import build_dataset, rows
 from eval.tasks.minivqa_video.utils import doc_to_visual
 from sparsevlm.mini import clip_questions, weights_dir
-from sparsevlm.mini.batches import BatchShape, ClipBatches
 from sparsevlm.mini.clips import DIRECTIONS, FRAME_TOKENS, FRAMES, ClipGenerator
-from sparsevlm.mini.finetune import Answering
-from sparsevlm.mini.hub import MEAN, STD, export, load_weights
 from sparsevlm.mini.model import build_video_model, embed_frames
+from sparsevlm.mini.training.batches import BatchShape, ClipBatches
+from sparsevlm.mini.training.finetune import Answering
+from sparsevlm.mini.training.hub import MEAN, STD, export, load_weights
 from sparsevlm.mini.vocabulary import CLASSES, COLORS, VIDEO_VOCAB_SIZE, VIDEO_WORDS, WORD_ID, WORDS
 from sparsevlm.models import load
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from sparsevlm.mini.batches import averages, objects_of
 from sparsevlm.mini.model import embed_patches
 from sparsevlm.mini.scenes import GRID, NO_CLASS, NO_COLOR
+from sparsevlm.mini.training.batches import averages, objects_of
 from sparsevlm.mini.vocabulary import CLASSES, COLORS, DIGITS, WORD_ID, WORDS
 
 BACKGROUND_WEIGHT = 0.12

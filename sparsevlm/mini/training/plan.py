@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sparsevlm.mini.batches import BatchShape
+from sparsevlm.mini.training.batches import BatchShape
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,21 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration
 
 from sparsevlm.mini import questions
-from sparsevlm.mini.batches import ANSWER_WEIGHT, END_WEIGHT, PREFIX, QUESTION_TOKENS, RANKS, averages, objects_of
 from sparsevlm.mini.clips import DIRECTIONS, FRAME_TOKENS, FRAMES
 from sparsevlm.mini.clips import GRID as CLIP_GRID
 from sparsevlm.mini.model import embed_frames, embed_patches
-from sparsevlm.mini.packed import PACKED, packed_positions
-from sparsevlm.mini.pretrain import BACKGROUND_WEIGHT, weighted_loss
 from sparsevlm.mini.scenes import GRID, NO_CLASS, NO_COLOR
+from sparsevlm.mini.training.batches import (
+    ANSWER_WEIGHT,
+    END_WEIGHT,
+    PREFIX,
+    QUESTION_TOKENS,
+    RANKS,
+    averages,
+    objects_of,
+)
+from sparsevlm.mini.training.packed import PACKED, packed_positions
+from sparsevlm.mini.training.pretrain import BACKGROUND_WEIGHT, weighted_loss
 
 #: What a helper reads off a visual token, and how many values each can have.
 _PATCH_LABELS = {"centers": 1, "classes": NO_CLASS + 1, "colors": NO_COLOR + 1}
@@ -49,8 +57,8 @@ class Answering:
     Muon (``torch.optim.Muon``) trains the matrices of the language model and the projector, AdamW embeddings, head,
     norms, biases and the tower.
 
-    The language model's attention is set to :func:`~sparsevlm.mini.packed.packed_attention`: set it back before the
-    model is asked anything else.
+    The language model's attention is set to :func:`~sparsevlm.mini.training.packed.packed_attention`. Set it back
+    before the model is used for anything else.
 
     Questions alone teach relations slowly, so helpers, which are dropped afterwards, are asked about every visual
     token. With pictures, off what the projector gives: what the token shows (class and colour, as in stage 1, so that

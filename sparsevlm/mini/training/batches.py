@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparsevlm.mini import clip_questions, questions
 from sparsevlm.mini.clips import ClipGenerator
-from sparsevlm.mini.hub import MEAN, STD
 from sparsevlm.mini.questions import Question
 from sparsevlm.mini.scenes import GRID, NO_CLASS, NO_COLOR, PATCH, Scene, SceneGenerator, SceneObject
+from sparsevlm.mini.training.hub import MEAN, STD
 from sparsevlm.mini.vocabulary import EOS, WORD_ID
 
 #: Tokens per packed question: the longest question, its prompt and answer take 11.

@@ -3,7 +3,7 @@
 import torch
 from transformers import AttentionInterface
 
-from sparsevlm.mini.batches import QUESTION_TOKENS
+from sparsevlm.mini.training.batches import QUESTION_TOKENS
 
 #: Its name for `set_attn_implementation`.
 PACKED = "packed_questions"

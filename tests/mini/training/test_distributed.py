@@ -10,14 +10,14 @@ import torch
 RANK = """
 import sys, torch
 from itertools import islice
-from sparsevlm.mini.ranks import Ranks
-ranks = Ranks()
+from sparsevlm.mini.training.distributed import ProcessGroup
+group = ProcessGroup()
 weights = [torch.nn.Parameter(torch.zeros(size)) for size in ((2, 3), 4, 1)]
-weights[0].grad, weights[1].grad = torch.full((2, 3), 1.0 + ranks.rank), torch.arange(4.0) * (1 - ranks.rank)
-ranks.average_gradients(weights)
-found = {"first": ranks.first, "gradients": [w.grad for w in weights], "clock": ranks.now()}
-torch.save(found | {"batches": list(islice(ranks.indices(3), 3))}, f"{sys.argv[1]}/{ranks.rank}.pt")
-ranks.close()
+weights[0].grad, weights[1].grad = torch.full((2, 3), 1.0 + group.rank), torch.arange(4.0) * (1 - group.rank)
+group.average_gradients(weights)
+found = {"first": group.first, "gradients": [w.grad for w in weights], "clock": group.now()}
+torch.save(found | {"batches": list(islice(group.indices(3), 3))}, f"{sys.argv[1]}/{group.rank}.pt")
+group.close()
 """
 
 

@@ -1,6 +1,6 @@
 """Several processes that train one model, each on batches of its own.
 
-``torchrun --nproc-per-node 2 -m sparsevlm.mini.train ...``: on a CPU two processes of one thread each get more done
+``torchrun --nproc-per-node 2 -m sparsevlm.mini.training ...``: on a CPU two processes of one thread each get more done
 than one of two threads.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import distributed
 
 
-class Ranks:
-    """This process and its siblings; alone, nothing is communicated.
+class ProcessGroup:
+    """The processes that train one model together; a single process communicates nothing.
 
     Attributes:
         rank: of this process, 0 to ``size - 1``; rank 0 writes and speaks.
@@ -54,7 +54,7 @@ class Ranks:
             gradient.copy_(mean.view_as(gradient))
 
     def close(self) -> None:
-        """Waits for the others and parts from them."""
+        """Waits for the other processes, then destroys the process group."""
         if self.size > 1:
             distributed.barrier()
             distributed.destroy_process_group()

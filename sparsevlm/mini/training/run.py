@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from sparsevlm.mini.batches import ClipBatches, SceneBatches
-from sparsevlm.mini.finetune import GENTLE, Answering
-from sparsevlm.mini.hub import load_weights
 from sparsevlm.mini.model import build_model, build_video_model
-from sparsevlm.mini.plan import CONTINUATION, PLAN, SHORT, SHORT_MINUTES, VIDEO, Phase, Settings
-from sparsevlm.mini.pretrain import Alignment, NeutralBackground
-from sparsevlm.mini.ranks import Ranks
+from sparsevlm.mini.training.batches import ClipBatches, SceneBatches
+from sparsevlm.mini.training.distributed import ProcessGroup
+from sparsevlm.mini.training.finetune import GENTLE, Answering
+from sparsevlm.mini.training.hub import load_weights
+from sparsevlm.mini.training.plan import CONTINUATION, PLAN, SHORT, SHORT_MINUTES, VIDEO, Phase, Settings
+from sparsevlm.mini.training.pretrain import Alignment, NeutralBackground
 
 OBJECTIVES = {"align": Alignment, "neutral": NeutralBackground}
 _TEST_IMAGES = 48
@@ -36,7 +36,7 @@ class State:
     curve: list[dict] = field(default_factory=list)
 
 
-class Run:
+class TrainingRun:
     """One training run in a folder, which holds ``checkpoint.pt`` and ``learning_curve.json``.
 
     Args:
@@ -70,14 +70,14 @@ class Run:
         self.folder, self.settings, self.device = Path(folder), settings, device
         self.plan = plan or _plan(settings, initial)
         self._continued = initial is not None
-        self.ranks = Ranks()
+        self.processes = ProcessGroup()
         self.workers, self.save_every, self.evaluate_every = workers, save_every, evaluate_every
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = _build(settings, initial).to(device)
         # the faster of the two on each; both compute the same
         self.model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
         self.state, self.objective = State(), None
-        self._clock = self._saved = self._evaluated = self.ranks.now()
+        self._clock = self._saved = self._evaluated = self.processes.now()
         self._reported = -math.inf
         if self.checkpoint.is_file():
             self._load()
@@ -104,7 +104,7 @@ class Run:
         Raises:
             FloatingPointError: the loss is no longer finite.
         """
-        self._clock = self.ranks.now()
+        self._clock = self.processes.now()
         while not self.finished:
             phase = self.plan[self.state.phase]
             if self.objective is None:
@@ -122,12 +122,13 @@ class Run:
     def _train_phase(self, phase: Phase) -> None:
         data = phase.shape.batches("train", self.settings.seed, self.state.phase)
         state, losses = self.state, deque(maxlen=50)
-        for batch in data.loader(self.ranks.indices(state.step), self.workers):
+        for batch in data.loader(self.processes.indices(state.step), self.workers):
             if self._phase_progress(phase) >= 1:
                 break
             losses.append(self._step(phase, batch))
             state.step, state.objective_step = state.step + 1, state.objective_step + 1
-            state.total_steps, state.images = state.total_steps + 1, state.images + self.ranks.size * phase.shape.images
+            state.total_steps += 1
+            state.images += self.processes.size * phase.shape.images
             self._tick()
             if self._clock - self._reported > 10:
                 self._report(phase, _mean_loss(losses))
@@ -147,7 +148,7 @@ class Run:
         for optimizer in objective.optimizers:
             optimizer.zero_grad()
         loss.backward()
-        self.ranks.average_gradients(objective.parameters)
+        self.processes.average_gradients(objective.parameters)
         torch.nn.utils.clip_grad_norm_(objective.parameters, 1.0)
         for optimizer in objective.optimizers:
             for group in optimizer.param_groups:
@@ -177,7 +178,7 @@ class Run:
         return phase.time_share * min(1.0, self._phase_progress(phase))
 
     def _tick(self) -> None:
-        now = self.ranks.now()
+        now = self.processes.now()
         self.state.seconds += now - self._clock
         self.state.total_seconds += now - self._clock
         self._clock = now
@@ -196,7 +197,7 @@ class Run:
         point = {"phase": phase.name, "step": state.total_steps, "images": state.images, "loss": round(loss, 4)}
         point["minutes"] = round(state.total_seconds / 60, 2)
         state.curve.append(point | {name: round(score, 4) for name, score in scores.items()})
-        if not self.ranks.first:
+        if not self.processes.first:
             return
         _write_atomically(self.folder / "learning_curve.json", json.dumps(state.curve, indent=1).encode() + b"\n")
         print(
@@ -207,7 +208,7 @@ class Run:
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} in {phase.name}, step {self.state.step}; try another seed")
         self._reported = self._clock
-        if not self.ranks.first:
+        if not self.processes.first:
             return
         done, seconds = self.progress, self.state.total_seconds
         left = f"{seconds / done * (1 - done) / 60:.1f} min left" if done > 0 else "starting"
@@ -219,7 +220,7 @@ class Run:
     def _save(self) -> None:
         self._tick()
         self._saved = self._clock
-        if not self.ranks.first:
+        if not self.processes.first:
             return
         content = {"settings": asdict(self.settings), "state": asdict(self.state), "model": self.model.state_dict()}
         if self.objective is not None:

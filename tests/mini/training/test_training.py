@@ -7,15 +7,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from sparsevlm.mini import train, weights_dir
-from sparsevlm.mini.batches import BatchShape, SceneBatches
-from sparsevlm.mini.finetune import Answering
-from sparsevlm.mini.hub import export
+from sparsevlm.mini import weights_dir
 from sparsevlm.mini.model import build_config, build_model, embed_patches
-from sparsevlm.mini.packed import packed_attention, packed_positions
-from sparsevlm.mini.plan import CONTINUATION, PLAN, SHORT, VIDEO, Phase, Settings
-from sparsevlm.mini.pretrain import Alignment, NeutralBackground
-from sparsevlm.mini.run import Run
+from sparsevlm.mini.training import __main__ as train
+from sparsevlm.mini.training.batches import BatchShape, SceneBatches
+from sparsevlm.mini.training.finetune import Answering
+from sparsevlm.mini.training.hub import export
+from sparsevlm.mini.training.packed import packed_attention, packed_positions
+from sparsevlm.mini.training.plan import CONTINUATION, PLAN, SHORT, VIDEO, Phase, Settings
+from sparsevlm.mini.training.pretrain import Alignment, NeutralBackground
+from sparsevlm.mini.training.run import TrainingRun
 
 CPU = torch.device("cpu")
 TINY = (
@@ -27,7 +28,7 @@ TINY = (
 
 @pytest.fixture(autouse=True)
 def short_evaluations(monkeypatch):
-    monkeypatch.setattr("sparsevlm.mini.run._TEST_IMAGES", 2)
+    monkeypatch.setattr("sparsevlm.mini.training.run._TEST_IMAGES", 2)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_plan_uses_the_whole_run(plan):
 def test_a_run_goes_on_from_a_model(tmp_path, shipped):
     """Its head is kept, and with no step taken its weights are the initial ones."""
     plan = (Phase("answer", BatchShape(8, 2, 2), 1.0, 1.0),)
-    run = Run(tmp_path / "run", Settings(steps=1), CPU, plan=plan, initial=weights_dir())
+    run = TrainingRun(tmp_path / "run", Settings(steps=1), CPU, plan=plan, initial=weights_dir())
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
     assert all(torch.equal(value, before[key]) for key, value in shipped.state_dict().items())
     heads = []
@@ -190,7 +191,7 @@ def test_a_run_goes_on_from_a_model(tmp_path, shipped):
     assert torch.equal(heads[0], before["lm_head.weight"])
     assert not torch.equal(run.model.lm_head.weight, before["lm_head.weight"])
     with pytest.raises(ValueError, match="holds no model"):
-        Run(tmp_path / "other", Settings(steps=1), CPU, initial=tmp_path)
+        TrainingRun(tmp_path / "other", Settings(steps=1), CPU, initial=tmp_path)
 
 
 def test_centers_lie_inside_their_objects():
@@ -206,12 +207,12 @@ class Killed(Exception):
 
 def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, monkeypatch):
     settings = Settings(seed=3, steps=5, precision="float32")
-    straight = Run(tmp_path / "straight", settings, CPU, plan=TINY)
+    straight = TrainingRun(tmp_path / "straight", settings, CPU, plan=TINY)
     straight.train()
     assert straight.finished and straight.progress == pytest.approx(1)
 
-    broken = Run(tmp_path / "broken", settings, CPU, plan=TINY, save_every=0)
-    step = Run._step
+    broken = TrainingRun(tmp_path / "broken", settings, CPU, plan=TINY, save_every=0)
+    step = TrainingRun._step
     for survives in (1, 1, 2):  # dies within the first phase, at its end, within the last
         calls = iter(range(survives))
 
@@ -220,11 +221,11 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, monkeypatch):
                 raise Killed
             return step(self, *args)
 
-        monkeypatch.setattr(Run, "_step", dying)
+        monkeypatch.setattr(TrainingRun, "_step", dying)
         with pytest.raises(Killed):
             broken.train()
-        monkeypatch.setattr(Run, "_step", step)
-        broken = Run(tmp_path / "broken", settings, CPU, plan=TINY, save_every=0)
+        monkeypatch.setattr(TrainingRun, "_step", step)
+        broken = TrainingRun(tmp_path / "broken", settings, CPU, plan=TINY, save_every=0)
     assert 0 < broken.state.total_steps < 5
     broken.train()
     assert broken.state.total_steps == straight.state.total_steps == 5
@@ -238,10 +239,10 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, monkeypatch):
 
 def test_a_run_in_minutes_ends_in_time_and_a_finished_one_does_nothing(tmp_path):
     settings = Settings(minutes=0.03)
-    run = Run(tmp_path, settings, CPU, plan=TINY)
+    run = TrainingRun(tmp_path, settings, CPU, plan=TINY)
     run.train()
     assert run.finished and run.state.total_steps >= 3 and run.state.total_seconds >= 0.9 * 1.8
-    again = Run(tmp_path, settings, CPU, plan=TINY)
+    again = TrainingRun(tmp_path, settings, CPU, plan=TINY)
     before = {key: value.clone() for key, value in again.model.state_dict().items()}
     again.train()
     assert again.state == run.state
@@ -249,9 +250,9 @@ def test_a_run_in_minutes_ends_in_time_and_a_finished_one_does_nothing(tmp_path)
 
 
 def test_other_settings_are_refused(tmp_path):
-    Run(tmp_path, Settings(steps=1), CPU, plan=TINY)._save()
+    TrainingRun(tmp_path, Settings(steps=1), CPU, plan=TINY)._save()
     with pytest.raises(ValueError, match="continue with these settings"):
-        Run(tmp_path, Settings(steps=2), CPU, plan=TINY)
+        TrainingRun(tmp_path, Settings(steps=2), CPU, plan=TINY)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_bad_settings_are_refused(bad):
 
 
 def test_command_line_trains_exports_and_refuses_to_overwrite(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sparsevlm.mini.run.PLAN", TINY)
+    monkeypatch.setattr("sparsevlm.mini.training.run.PLAN", TINY)
     out = tmp_path / "run"
     command = ["--out", str(out), "--steps", "3", "--device", "cpu", "--no-compile"]
     assert train.main(command) == 0

@@ -1,4 +1,4 @@
-"""Trains the embedded model from nothing: ``python -m sparsevlm.mini.train --out DIR --minutes 90``.
+"""Trains the embedded model from nothing: ``python -m sparsevlm.mini.training --out DIR --minutes 90``.
 
 Writes ``DIR/model`` (a hub folder, for ``sparsevlm.load("DIR/model")``), ``DIR/learning_curve.json`` (loss and test
 accuracy as training went on) and ``DIR/checkpoint.pt`` (to continue with ``--resume``).
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from sparsevlm.mini.hub import export
-from sparsevlm.mini.plan import Settings
-from sparsevlm.mini.run import Run
+from sparsevlm.mini.training.hub import export
+from sparsevlm.mini.training.plan import Settings
+from sparsevlm.mini.training.run import TrainingRun
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m sparsevlm.mini.train", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m sparsevlm.mini.training", description=__doc__.split(":")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument(
@@ -43,16 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{options.out} holds a run already: --resume continues it, or name another folder")
         device = _device(options.device)
         workers = options.workers if options.workers is not None else 0 if device.type == "cpu" else 8
-        run = Run(options.out, settings, device, workers, initial=options.initial, compiled=options.compile)
+        run = TrainingRun(options.out, settings, device, workers, initial=options.initial, compiled=options.compile)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if run.state.total_steps:
         print(f"continuing at step {run.state.total_steps}, {run.progress:.0%} done")
     run.train()
-    if run.ranks.first:
+    if run.processes.first:
         print(f"model: {export(run.model, options.out / 'model')}")
-    run.ranks.close()
+    run.processes.close()
     return 0
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from sparsevlm.mini import questions
-from sparsevlm.mini.batches import ANSWER_WEIGHT, END_WEIGHT, FORETOLD_WEIGHT, BatchShape, SceneBatches
 from sparsevlm.mini.scenes import NO_CLASS, NO_COLOR, SceneGenerator
+from sparsevlm.mini.training.batches import ANSWER_WEIGHT, END_WEIGHT, FORETOLD_WEIGHT, BatchShape, SceneBatches
 from sparsevlm.mini.vocabulary import WORDS
 
 
