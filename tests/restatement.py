@@ -5,6 +5,7 @@ Independent of `sparsevlm`: it shares no function with it, and is itself compare
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,10 +83,14 @@ def layer_forward(decoder, i: int, hidden: Tensor, positions: Tensor, cache: lis
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), weights
 
 
-def density_peaks(x: Tensor, k: int) -> tuple[list[int], Tensor]:
-    """Centres and the cluster of each of the tokens [m, D]; of equal ones the first comes first."""
+def density_peaks(x: Tensor, k: int, noise: Tensor | None = None) -> tuple[list[int], Tensor]:
+    """Centres and the cluster of each of the tokens [m, D]; of equal ones the first comes first.
+
+    `noise`: the uniform draws [m] of which the authors' code adds 1e-6 to the densities; None = none.
+    """
     distance = (x[:, None] - x).square().sum(-1).sqrt() / x.shape[1] ** 0.5
-    density = [float((-(row.sort().values[:k] ** 2).mean()).exp()) for row in distance]
+    density = torch.stack([(-(row.sort().values[:k] ** 2).mean()).exp() for row in distance])
+    density = (density if noise is None else density + noise * 1e-6).tolist()
     separation = []
     for i, row in enumerate(distance.tolist()):
         separation.append(min([d for d, r in zip(row, density, strict=True) if r > density[i]], default=distance.max()))
@@ -96,9 +101,9 @@ def density_peaks(x: Tensor, k: int) -> tuple[list[int], Tensor]:
     return centres, group
 
 
-def merged_tokens(x: Tensor, k: int) -> Tensor:
+def merged_tokens(x: Tensor, k: int, noise: Tensor | None = None) -> Tensor:
     """[k, D] means of the clusters of [m, D] tokens, divided by count + 1e-6 as in the authors' code."""
-    _, group = density_peaks(x, k)
+    _, group = density_peaks(x, k, noise)
     return torch.stack([x[group == c].sum(0) / (int((group == c).sum()) + 1e-6) for c in range(k)])
 
 
@@ -108,8 +113,13 @@ def select_raters(visual: Tensor, text: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def authors_forward(decoder, head, embeds: Tensor, before: int, n_visual: int, rule: Rule, steps: int = 3) -> Result:
-    """Prefill of [L, D] embeddings, visual from `before` on, and greedy decoding of `steps` tokens."""
+def authors_forward(
+    decoder, head, embeds: Tensor, before: int, n_visual: int, rule: Rule, steps: int = 3, noise: Sequence[Tensor] = ()
+) -> Result:
+    """Prefill of [L, D] embeddings, visual from `before` on, and greedy decoding of `steps` tokens.
+
+    `noise`: of each pruning point's clustering, see :func:`density_peaks`; empty = none.
+    """
     hidden, positions, n = embeds, torch.arange(len(embeds)), n_visual
     visual, text = embeds[before : before + n], embeds[before + n :]
     raters = select_raters(visual, text)
@@ -134,7 +144,7 @@ def authors_forward(decoder, head, embeds: Tensor, before: int, n_visual: int, r
         merged = tokens[:0]
         if not rule.plus and len(dropped):
             pool = int(len(dropped) * 0.3) + 1
-            merged = merged_tokens(tokens[dropped[:pool]], int(pool / 10) + 1)
+            merged = merged_tokens(tokens[dropped[:pool]], int(pool / 10) + 1, noise[len(cuts)] if noise else None)
         hidden = torch.cat([hidden[:before], tokens[kept], merged, hidden[before + n :]])
         if rule.plus:
             rest = positions[before : before + n][kept]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache
 
 import numpy as np
@@ -12,10 +11,10 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 
 import sparsevlm
 from tests.goldens import clip_recipe as recipe
-from tests.goldens.load import FOLDER
+from tests.goldens.load import files, recording, stem
 from tests.tiny import IMAGE, PAD, text_config
 
-FILES = sorted((FOLDER / "peers").glob("visionzip_*.npz"))
+pytestmark = pytest.mark.recordings
 
 
 @cache
@@ -33,12 +32,10 @@ def model(seed: int) -> LlavaForConditionalGeneration:
     return llava
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", files("peers", "visionzip_*.npz"), ids=stem)
 @pytest.mark.parametrize("by_budget", [False, True])
 def test_same_scores_same_tokens(path, by_budget: bool):
-    with np.load(path) as file:
-        golden = {key: file[key] for key in file.files}
-    meta = json.loads(str(golden.pop("meta")))
+    meta, golden = recording(path)
     dominant, contextual = meta["dominant"], meta["contextual"]
     llava = model(meta["seed"])
     ids = torch.tensor([[5, 6] + [IMAGE] * 576 + [7, 8, 9]])

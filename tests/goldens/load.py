@@ -1,8 +1,13 @@
-"""Reading recorded runs, and making the model and the prompt they were recorded with."""
+"""Finding and reading recordings, and making the model and the prompt that a run was recorded with.
+
+Tests that compare with recordings carry the marker `recordings` and make one test of each file that they find:
+`@pytest.mark.parametrize("path", files("cases"), ids=stem)`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,14 +18,36 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.goldens import recipe
 
-FOLDER = Path(__file__).parent
-NAMES = sorted(path.stem for path in FOLDER.glob("*.npz"))
+#: The recordings that come with the tests.
+SHIPPED = Path(__file__).parent
+
+
+def folder() -> Path:
+    """Folder of the recordings: the environment variable SPARSEVLM_GOLDENS, by default those that come with the tests.
+
+    Raises:
+        FileNotFoundError: the variable names no folder.
+    """
+    chosen = Path(os.environ.get("SPARSEVLM_GOLDENS") or SHIPPED)
+    if not chosen.is_dir():
+        raise FileNotFoundError(f"SPARSEVLM_GOLDENS={chosen} is no folder; unset it for the recordings in {SHIPPED}")
+    return chosen
+
+
+def files(kind: str, pattern: str = "*.npz") -> list[Path]:
+    """Recordings in the subfolder `kind` ("cases", "peers", "eval", ...), by name; none without such a folder."""
+    return sorted((folder() / kind).glob(pattern))
+
+
+def stem(path: Path) -> str:
+    """The id of a recording's test."""
+    return path.stem
 
 
 @lru_cache(maxsize=1)
-def recording(name: str) -> tuple[dict, dict[str, np.ndarray]]:
+def recording(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """Facts about a run, and its arrays (described in README.md)."""
-    with np.load(FOLDER / f"{name}.npz") as file:
+    with np.load(path) as file:
         arrays = {key: file[key] for key in file.files}
     return json.loads(str(arrays.pop("meta"))), arrays
 

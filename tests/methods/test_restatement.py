@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import sparsevlm
-from tests.goldens.load import NAMES, llama, prompt, recorded_model_and_prompt, recording
+from tests.goldens.load import files, llama, prompt, recorded_model_and_prompt, recording, stem
+from tests.methods.test_goldens import noise_of
 from tests.restatement import Result, Rule, authors_forward
 from tests.tiny import EARLY_DROP, GENERATE, IMAGE, PATCHES, inputs, llava, logits, same
 
@@ -16,9 +17,12 @@ PLUS = {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 3
 LAYERS = (2, 6, 15)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_restatement_equals_the_recorded_runs(name):
-    meta, g = recording(name)
+@pytest.mark.recordings
+@pytest.mark.parametrize("path", files("cases"), ids=stem)
+def test_the_restatement_equals_the_recorded_runs(path):
+    meta, g = recording(path)
+    if not meta["stable"]:
+        pytest.skip("rounding decides this run")
     model, embeds, _ = recorded_model_and_prompt(meta)
     keep = meta.get("keep_list")
     rule = Rule(
@@ -28,14 +32,15 @@ def test_the_restatement_equals_the_recorded_runs(name):
         bias=meta.get("bias", 0.0),
         plus=meta.get("use_version") == "2_0",
     )
-    got = authors_forward(model.model, model.lm_head, embeds[0], meta["pre"], meta["n_vis"], rule, 5)
+    noise = noise_of(meta, g)
+    got = authors_forward(model.model, model.lm_head, embeds[0], meta["pre"], meta["n_vis"], rule, 5, noise)
     assert np.array_equal(got.raters, g["raters"]) and got.cached == g["kv_len"].tolist()
     for j, cut in enumerate(got.cuts):
         assert np.array_equal(cut.kept, g[f"p{j}_keep_local"]) and np.array_equal(
             cut.positions, g[f"p{j}_positions_out"]
         )
         np.testing.assert_allclose(cut.scores, g[f"p{j}_scores"], rtol=0, atol=1e-5 * np.abs(g[f"p{j}_scores"]).max())
-        if g.get(f"p{j}_n_merged") == 2:
+        if g.get(f"p{j}_n_merged") == 2 and not noise:
             return  # ties, see test_goldens.py
     assert got.ids == g["gen_ids"].tolist()
     np.testing.assert_allclose(got.logits, g["gen_logits"], rtol=0, atol=5e-5)
