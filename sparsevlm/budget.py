@@ -107,7 +107,7 @@ def check_budget(budget: int | str | None, n_visual: int | None = None) -> int |
         value = int(budget)
         if isinstance(budget, bool) or value != float(budget):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"budget {budget!r} is neither an integer nor 'full'") from None
     if value < 1:
         raise ValueError(f"budget {value} is below 1; it counts the mean visual tokens per layer (or use 'full')")

@@ -152,7 +152,7 @@ def _check(setting: Setting, shape: str, visual: int) -> None:
     method = build(name, budget=budget, **options)
     family = locate(networks.skeleton(shape))
     method.check(family)
-    for handle in method.hooks(family):
+    for handle in method.hooks(method.attach(family)):
         handle.remove()
     method.plan(visual, family.n_layers)
 

@@ -12,28 +12,21 @@ from sparsevlm.runtime.blocks import Blocks, Tokens
 from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision
 
 
-@dataclass
+@dataclass(frozen=True)
 class BlockMethod(VisionMethod):
-    """A subclass says in which blocks it acts and computes them, by `self.run(tower)`'s attend() and mlp()."""
+    """A subclass says in which blocks it acts and computes them, by attend() and mlp() of `Blocks`."""
 
     def layers(self, tower: Tower) -> range:
         """Encoder layers to compute; the last one is `tower.layer`."""
         raise NotImplementedError
 
-    def block(self, i: int, layer: nn.Module, tokens: Tokens, tower: Tower) -> None:
-        """Compute layer `i` for `tokens`, which end with fewer tokens than the tower has patches."""
+    def block(self, run: Blocks, i: int, layer: nn.Module, tokens: Tokens) -> None:
+        """Compute layer `i` for `tokens`, which end with fewer tokens than the tower `run.tower` has patches."""
         raise NotImplementedError
 
-    def run(self, tower: Tower) -> Blocks:
-        return self._runs[tower.kind]
-
-    def hooks(self, family) -> list[RemovableHandle]:
-        self._runs: dict[str, Blocks] = {}
-        return super().hooks(family)
-
     def tower_hooks(self, vision: Vision, tower: Tower) -> list[RemovableHandle]:
-        self._runs[tower.kind] = Blocks(self, vision, tower, self.layers(tower))
-        return self._runs[tower.kind].handles()
+        run = vision.scratch[tower.kind] = Blocks(self, vision, tower, self.layers(tower))
+        return run.handles()
 
-    def encode(self, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
-        return self.run(encoding.tower).reduced()
+    def encode(self, vision: Vision, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
+        return vision.scratch[encoding.tower.kind].reduced()

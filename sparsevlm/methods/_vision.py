@@ -26,7 +26,7 @@ from sparsevlm.runtime.trace import StageRecord
 from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision, find_towers, share
 
 
-@dataclass
+@dataclass(frozen=True)
 class VisionMethod(Method):
     """A subclass overrides `reduce`, or `tower_hooks` and `encode` if it changes the tower itself."""
 
@@ -34,16 +34,14 @@ class VisionMethod(Method):
     captures: ClassVar[bool] = False  # needs states, queries and keys of the feature layer
     after_projector: ClassVar[bool] = False  # works on what the projector makes instead of what it gets
 
-    _vision: ClassVar[Vision | None] = None  # an instance gets its own when it is installed
-
     # ---- what a method says ----------------------------------------------------------------------------------------
     @property
     def active(self) -> bool:
         """Whether anything is to be dropped."""
         return self.budget not in (None, "full")
 
-    def spend(self, sizes: Sequence[int]) -> list[int]:
-        """Tokens for each picture of a prompt, of pictures with these numbers of visual tokens.
+    def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
+        """Tokens for each picture of a prompt, of pictures with these numbers of visual tokens, in a model so deep.
 
         Raises:
             ValueError: a budget above their sum, or one that the method cannot express.
@@ -54,12 +52,12 @@ class VisionMethod(Method):
         """Further hooks on a tower."""
         return []
 
-    def encode(self, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
+    def encode(self, vision: Vision, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
         """Rows for each group of pictures that get the same number of tokens."""
-        return [self._group(pictures[group], encoding.counts[group[0]], group) for group in encoding.groups]
+        return [self._group(pictures[group], encoding.counts[group[0]]) for group in encoding.groups]
 
-    def _group(self, pictures: Pictures, count: int, rows: list[int]) -> Reduced:
-        """The same for pictures `rows` of the call."""
+    def _group(self, pictures: Pictures, count: int) -> Reduced:
+        """The same for one group."""
         n, tokens = pictures.features.shape[:2]
         if count in (0, tokens):
             origin = torch.arange(count, device=pictures.features.device).expand(n, -1)
@@ -74,45 +72,43 @@ class VisionMethod(Method):
     def check(self, family: Family) -> None:
         find_towers(family, self.name)
 
-    def hooks(self, family: Family) -> list[RemovableHandle]:
-        if not self.active:
-            return []
-        self._vision = Vision(self, family)
-        return self._vision.handles()
+    def attach(self, family: Family) -> Vision | None:
+        return Vision(self, family) if self.active else None
 
-    def announce(self, input_ids: Tensor) -> None:
-        if self.active:
-            self._vision.announce(input_ids)
+    def hooks(self, attached: Vision | None) -> list[RemovableHandle]:
+        return [] if attached is None else attached.handles()
+
+    def announce(self, attached: Vision | None, input_ids: Tensor) -> None:
+        if attached is not None:
+            attached.announce(input_ids)
 
     def plan(self, n_visual: int, n_layers: int) -> Schedule:
+        """For a prompt of one picture."""
+        return self.plan_pictures(n_visual, n_layers, n_visual)
+
+    def schedule(self, n_visual: int, n_layers: int, attached: Vision | None) -> Schedule:
+        return self.plan_pictures(n_visual, n_layers, n_visual if attached is None else attached.tokens)
+
+    def plan_pictures(self, n_visual: int, n_layers: int, size: int) -> Schedule:
+        """The schedule for a prompt whose pictures have `size` visual tokens each."""
         if not self.active:
             return super().plan(n_visual, n_layers)
         check_budget(self.budget, n_visual)
-        size = n_visual if self._vision is None else self._vision.tokens  # not installed: taken for one picture
-        keep = sum(self.spend([size] * max(1, round(n_visual / size))))
+        keep = sum(self.spend([size] * max(1, round(n_visual / size)), n_layers))
         return explicit_schedule(n_visual, n_layers, (-1,), (keep,))
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
-        if not self.active:
+        vision: Vision | None = prefill.attached
+        if vision is None:
             return
-        vision = self._vision
         vision.announced, vision.pictures = False, None
         for b, (n, schedule) in enumerate(zip(prefill.n_visual, prefill.schedules, strict=True)):
             keep = schedule.keep[0] if n and schedule.keep else n
-            if keep < n and keep != self._made(prefill.batch, b, n):
+            if keep < n and keep != _made(vision, prefill.batch, b, n):
                 raise ValueError(
                     f"method {self.name!r} acts while pictures are encoded, and these were encoded without it or "
                     "without their prompt; pass input_ids and pixel values together, inside the `with` block"
                 )
-
-    def _made(self, batch: int, b: int, n_visual: int) -> int | None:
-        """Tokens that were made of the pictures of sample b; None if that cannot be told."""
-        total = 0
-        for e in self._vision.last.values():
-            if e.prompts is None and n_visual > e.tower.tokens:
-                return None
-            total += e.counts[0] if e.prompts is None else sum(e.of_prompt(b * len(e.prompts) // batch))
-        return total
 
     def score(self, stage: Stage) -> Tensor:
         """1 for rows that were filled, 0 for the zeros of dropped tokens."""
@@ -120,7 +116,7 @@ class VisionMethod(Method):
 
     def annotate(self, record: StageRecord, prefill: Prefill) -> None:
         """Let the trace tell which visual tokens the rows are, instead of which slots they took."""
-        encodings = list(self._vision.last.values()) if self.active else []
+        encodings = [] if prefill.attached is None else list(prefill.attached.last.values())
         if not encodings or any(e.prompts is None for e in encodings):
             return
         samples = []
@@ -135,6 +131,16 @@ class VisionMethod(Method):
             return
         record.recycled = [0 if s is None else s[0].extra(s[1]) for s in samples]
         record._details = partial(_details, default, samples)
+
+
+def _made(vision: Vision, batch: int, b: int, n_visual: int) -> int | None:
+    """Tokens that were made of the pictures of sample b; None if that cannot be told."""
+    total = 0
+    for e in vision.last.values():
+        if e.prompts is None and n_visual > e.tower.tokens:
+            return None
+        total += e.counts[0] if e.prompts is None else sum(e.of_prompt(b * len(e.prompts) // batch))
+    return total
 
 
 def _details(default: Callable, samples: list[tuple[Encoding, int] | None]) -> tuple[list, list, list]:

@@ -34,12 +34,12 @@ from sparsevlm.methods._vision import VisionMethod
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
-from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision, share
+from sparsevlm.runtime.vision import Pictures, Reduced, Tower, Vision, share
 
 _FIRST, _LAST, _DEPTH = 13, 20, 32
 
 
-@dataclass
+@dataclass(frozen=True)
 class AIM(VisionMethod):
     """Merging and pruning.
 
@@ -111,44 +111,28 @@ class AIM(VisionMethod):
             )
         return 1 + means.index(min(means))
 
-    def spend(self, sizes: Sequence[int]) -> list[int]:
+    def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
         if self.merge_to is not None:
             return [check_budget(self.merge_to, size) for size in sizes]
         budget, total = check_budget(self.budget, sum(sizes)), sum(sizes)
-        return list(sizes) if budget == total else share(self._merged(budget, total, self._depth), sizes)
+        return list(sizes) if budget == total else share(self._merged(budget, total, n_layers), sizes)
 
-    def plan(self, n_visual: int, n_layers: int) -> Schedule:
+    def plan_pictures(self, n_visual: int, n_layers: int, size: int) -> Schedule:
         if not self.active or check_budget(self.budget, n_visual) == n_visual:
             return Schedule(n_visual, n_layers, (), (), (), ())
         if self.merge_to is None:
             return self._schedule(self._merged(self.budget, n_visual, n_layers), n_visual, n_layers)
-        size = n_visual if self._vision is None else self._vision.tokens
         return self._schedule(self.merge_to * max(1, round(n_visual / size)), n_visual, n_layers)
 
     # ---- merging ---------------------------------------------------------------------------------------------------
-    def hooks(self, family: Family) -> list[RemovableHandle]:
-        self._depth = family.n_layers
-        return super().hooks(family)
-
     def tower_hooks(self, vision: Vision, tower: Tower) -> list[RemovableHandle]:
-        def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
-            self._keys = out
-
         blocks = tower.module.encoder.layers
         block = blocks[min(tower.layer + 1, len(blocks) - 1)]
-        return [block.self_attn.k_proj.register_forward_hook(keep)]
+        return [block.self_attn.k_proj.register_forward_hook(vision.keeper("keys"))]
 
-    def encode(self, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
-        try:
-            return super().encode(pictures, encoding)
-        finally:
-            del self._keys
-
-    def _group(self, pictures: Pictures, count: int, rows: list[int]) -> Reduced:
-        if count in (0, pictures.features.shape[1]):
-            return super()._group(pictures, count, rows)
+    def reduce(self, pictures: Pictures, count: int) -> Reduced:
         cls = int(pictures.tower.cls)
-        x, metric = pictures.features[:, cls:], self._keys[rows][:, 1:]
+        x, metric = pictures.features[:, cls:], pictures.keys[:, 1:]
         index = torch.arange(cls, cls + x.shape[1], device=x.device).expand(x.shape[0], -1)
         while (now := x.shape[1]) > count:
             r = min(now - count, most_removable(now, False))
@@ -157,14 +141,12 @@ class AIM(VisionMethod):
         return Reduced(x, index)
 
     # ---- pruning ---------------------------------------------------------------------------------------------------
-    def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
-        self.positions = "renumber"
-        super().begin(prefill, embeddings)
+    def positions_after(self, layer: int) -> str:
+        return "renumber" if layer < 0 else "original"  # inside the model: those of the merged prompt
 
     def score(self, stage: Stage) -> Tensor:
         if stage.layer < 0:
             return super().score(stage)
-        self.positions = "original"  # those of the merged prompt
         length = stage.hidden.shape[1]
         flow = (stage.attention(length)[..., -length:].log() / self.temperature).softmax(-1)
         start = _prompt(stage.prefill, length).to(flow.dtype).expand(flow.shape[0], -1)

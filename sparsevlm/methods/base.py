@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from sparsevlm.runtime.trace import StageRecord, Trace
 
 
-@dataclass
+@dataclass(frozen=True)
 class Method:
     """Base of all methods. A subclass sets `name`, adds its options as fields and overrides what differs.
 
     Calling a method with a model gives a context manager: inside it the model prunes, after it the model is what it
-    was before. The hooks need nothing of a method but the members below `__call__`.
+    was before. The hooks need nothing of a method but the members below `__call__`. A method never changes: what it
+    must remember belongs to the block (`attach`) or to the prompt (`Prefill.scratch`), so that one object may be used
+    in several models, copied, compared and pickled at any time.
 
     Attributes:
         budget: mean visual tokens per layer as they leave the layers (see `sparsevlm.budget`), "full", or None when
@@ -41,10 +44,18 @@ class Method:
     recycled_at = "end"  # merged tokens come after the kept visual ones, or take the place of their "centre"
     needs_text: ClassVar[bool] = False  # tokens are rated by text after the image; a prompt without it stays whole
     scores_next: ClassVar[bool] = False  # score a stage with the norm and projections of the layer after it
+    scores_entered: ClassVar[bool] = False  # also looks at the states that entered the layer (`Prefill.entered`)
     adaptive: ClassVar[bool] = False  # counts depend on the picture: the host must wait for the device at each stage
 
     def __post_init__(self) -> None:
-        self.budget = check_budget(self.budget)
+        self._set("budget", check_budget(self.budget))
+        for option in fields(self):
+            if option.name != "budget":
+                self._set(option.name, number(option.name, getattr(self, option.name), str(option.type)))
+
+    def _set(self, option: str, value: Any) -> None:
+        """Replace an option by its normal form, from `__post_init__`."""
+        object.__setattr__(self, option, value)
 
     def __call__(self, model: nn.Module, visual_mask: Tensor | None = None) -> AbstractContextManager[Trace]:
         """Install the method in `model` for the duration of a `with` block, which receives the trace.
@@ -66,11 +77,18 @@ class Method:
     def check(self, family: Family) -> None:
         """Called on installation. Raises ValueError if the method cannot work on this model."""
 
-    def hooks(self, family: Family) -> list[RemovableHandle]:
+    def attach(self, family: Family) -> Any:
+        """Called on installation, after `check`: what the method knows of this model while it is installed in it.
+
+        It is handed to `hooks`, `announce` and `schedule`, and prefills carry it as `attached`.
+        """
+        return None
+
+    def hooks(self, attached: Any) -> list[RemovableHandle]:
         """Further hooks of a method that acts in the vision tower or projector; they are removed with ours."""
         return []
 
-    def announce(self, input_ids: Tensor) -> None:
+    def announce(self, attached: Any, input_ids: Tensor) -> None:
         """Called before pictures are encoded, with the new tokens [B, L] of the prompts that they belong to."""
 
     def plan(self, n_visual: int, n_layers: int) -> Schedule:
@@ -80,6 +98,14 @@ class Method:
             ValueError: a budget that this prompt or model cannot meet.
         """
         return Schedule(n_visual, n_layers, (), (), (), ())
+
+    def schedule(self, n_visual: int, n_layers: int, attached: Any) -> Schedule:
+        """The same in a model that the method is installed in."""
+        return self.plan(n_visual, n_layers)
+
+    def positions_after(self, layer: int) -> str:
+        """`positions` of the rows that a stage on the output of `layer` leaves (-1 = before the language model)."""
+        return self.positions
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
         """Called once per prompt before layer 0, with the input embeddings [B, L, D]; raters are chosen here."""
@@ -91,6 +117,10 @@ class Method:
     def keep_counts(self, stage: Stage) -> list[int]:
         """Tokens to keep per sample; only adaptive methods override this."""
         return [s.at(stage.layer, n)[0] for s, n in zip(stage.prefill.schedules, stage.n_visual, strict=True)]
+
+    def before_drop(self, prefill: Prefill, layer: int, hidden: Tensor) -> Tensor:
+        """Called with the states [B, L, D] from which tokens go after `layer`; returns what the others become."""
+        return hidden
 
     def annotate(self, record: StageRecord, prefill: Prefill) -> None:
         """Called with the trace's record of each stage, for what the runtime cannot know about it."""
@@ -110,12 +140,31 @@ def int_tuple(value: Sequence[int] | int | None, what: str) -> tuple[int, ...] |
         return None
     items = [value] if isinstance(value, (int, float)) else list(value)
     try:
+        if any(isinstance(v, bool) for v in items):
+            raise TypeError
         out = tuple(int(v) for v in items)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{what} must be integers, not {value!r}") from None
     if any(float(v) != o for v, o in zip(items, out, strict=True)):
         raise ValueError(f"{what} must be integers, not {value!r}")
     return out
+
+
+def number(name: str, value: Any, kind: str) -> Any:
+    """Return an option's value, a whole number as int where `kind`, its type, says so.
+
+    Raises:
+        ValueError: a number that is infinite, not a number or not whole, or a truth value where none belongs.
+    """
+    if isinstance(value, bool) and "bool" not in kind:
+        raise ValueError(f"{name} takes a number, not {value}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} takes a finite number, not {value}")
+    if isinstance(value, float) and "int" in kind and "float" not in kind:
+        if not value.is_integer():
+            raise ValueError(f"{name} takes integers, not {value}")
+        return int(value)
+    return value
 
 
 def one_of(value: str, known: Sequence[str], what: str) -> str:

@@ -17,22 +17,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from sparsevlm.core.diversity import cosine_matrix, dpp_greedy
 from sparsevlm.core.packing import take
 from sparsevlm.methods._vision import VisionMethod
 from sparsevlm.runtime.families import Family
-from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, find_towers
+from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Vision, find_towers
 
 
-@dataclass
+@dataclass(frozen=True)
 class CDPruner(VisionMethod):
     """Conditional diversity by a determinantal point process.
 
@@ -52,86 +51,93 @@ class CDPruner(VisionMethod):
     after_projector: ClassVar[bool] = True
 
     def check(self, family: Family) -> None:
-        towers = find_towers(family, self.name)
+        find_towers(family, self.name)
         if self.clip is None:
             raise ValueError(
                 "method 'cdpruner' needs the text tower of the CLIP model that the vision tower comes from, which this "
                 "model does not contain; give clip=<CLIPModel, folder or hub id>"
             )
-        self._load(family)
-        width = self._clip.visual_projection.in_features
-        for tower in towers:
+
+    def attach(self, family: Family) -> Vision | None:
+        vision = super().attach(family)
+        loaded = _Loaded.of(self, family)
+        width = loaded.clip.visual_projection.in_features
+        for tower in find_towers(family, self.name):
             if tower.module.config.hidden_size != width:
                 raise ValueError(
                     f"the given CLIP model projects states of width {width}, the vision tower has "
                     f"{tower.module.config.hidden_size}; give the CLIP model that the tower comes from"
                 )
+        if vision is not None:
+            vision.scratch |= {"loaded": loaded, "texts": []}
+        return vision
 
-    def _load(self, family: Family) -> None:
+    def announce(self, attached: Vision | None, input_ids: Tensor) -> None:
+        super().announce(attached, input_ids)
+        if attached is not None:
+            loaded = attached.scratch["loaded"]
+            attached.scratch["texts"] = [loaded.embed(loaded.question(row)) for row in input_ids]
+
+    def encode(self, vision: Vision, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
+        clip, texts = vision.scratch["loaded"].clip, vision.scratch["texts"]
+        if encoding.prompts is None or len(encoding.prompts) != len(texts):
+            raise ValueError("method 'cdpruner' must know the question; pass input_ids and pixel values together")
+        of_picture = [p for p, n in enumerate(encoding.prompts) for _ in range(n)]
+        states = pictures.states if encoding.tower.cls else pictures.states[:, 1:]
+        embeds = clip.visual_projection(clip.vision_model.post_layernorm(states))
+        embeds = F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
+        relevance = torch.stack([-(e @ texts[p].to(e).T).mean(1) for e, p in zip(embeds, of_picture, strict=True)])
+        low, high = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
+        relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
+        return super().encode(vision, replace(pictures, relevance=relevance), encoding)
+
+    def reduce(self, pictures: Pictures, count: int) -> Reduced:
+        weight = pictures.relevance
+        kernel = weight[:, :, None] * cosine_matrix(pictures.features) * weight[:, None]
+        origin = dpp_greedy(kernel, count).sort(1).values
+        return Reduced(take(pictures.features, origin), origin, weight)
+
+
+@dataclass
+class _Loaded:
+    """What the options name, on the device of one model: CLIP, its tokenizer, and the way to a prompt's question."""
+
+    clip: nn.Module
+    tokenizer: Any
+    question: Callable[[Tensor], str]
+
+    @classmethod
+    def of(cls, method: CDPruner, family: Family) -> _Loaded:
         from transformers import AutoTokenizer, CLIPModel
 
-        path = self.clip if isinstance(self.clip, str) else None
+        path = method.clip if isinstance(method.clip, str) else None
         weight = next(family.decoder.parameters())
-        clip = CLIPModel.from_pretrained(path) if path else self.clip
-        self._clip = clip.to(weight.device, weight.dtype).eval()
-        if self.tokenizer is None and path is None:
+        clip = CLIPModel.from_pretrained(path) if path else method.clip
+        if method.tokenizer is None and path is None:
             raise ValueError("give tokenizer= of the CLIP model's text tower beside a loaded clip=")
-        self._tokenizer = AutoTokenizer.from_pretrained(path) if self.tokenizer is None else self.tokenizer
-        self._question = self.question
-        if self.question is None:
+        tokenizer = AutoTokenizer.from_pretrained(path) if method.tokenizer is None else method.tokenizer
+        question = method.question
+        if question is None:
             folder = family.outer.config._name_or_path
             if not folder:
                 raise ValueError(
                     "give question=, a function from a prompt's ids to its question: the model has no folder"
                 )
-            self._question = _Question(AutoTokenizer.from_pretrained(folder), family.visual_ids)
-
-    def hooks(self, family: Family) -> list[RemovableHandle]:
-        self._texts: list[Tensor] = []
-        return super().hooks(family)
-
-    def announce(self, input_ids: Tensor) -> None:
-        super().announce(input_ids)
-        if self.active:
-            self._texts = [self._embed(self._question(row)) for row in input_ids]
+            question = _Question(AutoTokenizer.from_pretrained(folder), family.visual_ids)
+        return cls(clip.to(weight.device, weight.dtype).eval(), tokenizer, question)
 
     @torch.no_grad()
-    def _embed(self, text: str) -> Tensor:
+    def embed(self, text: str) -> Tensor:
         """[segments, p] unit text embeddings of a question."""
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        start, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        size = self._clip.config.text_config.max_position_embeddings - 2
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        size = self.clip.config.text_config.max_position_embeddings - 2
         parts = [ids[i : i + size] for i in range(0, max(1, len(ids)), size)]
         out = []
         for part in parts:
-            segment = torch.tensor([[start, *part, end]], device=self._clip.device)
-            out.append(self._clip.text_projection(self._clip.text_model(segment).pooler_output))
+            segment = torch.tensor([[start, *part, end]], device=self.clip.device)
+            out.append(self.clip.text_projection(self.clip.text_model(segment).pooler_output))
         return F.normalize(torch.cat(out).float(), dim=-1)
-
-    def encode(self, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
-        if encoding.prompts is None or len(encoding.prompts) != len(self._texts):
-            raise ValueError("method 'cdpruner' must know the question; pass input_ids and pixel values together")
-        of_picture = [p for p, n in enumerate(encoding.prompts) for _ in range(n)]
-        states = pictures.states if encoding.tower.cls else pictures.states[:, 1:]
-        embeds = self._clip.visual_projection(self._clip.vision_model.post_layernorm(states))
-        embeds = F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
-        relevance = torch.stack(
-            [-(e @ self._texts[p].to(e).T).mean(1) for e, p in zip(embeds, of_picture, strict=True)]
-        )
-        low, high = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
-        self._relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
-        try:
-            return super().encode(pictures, encoding)
-        finally:
-            del self._relevance
-
-    def _group(self, pictures: Pictures, count: int, rows: list[int]) -> Reduced:
-        if count in (0, pictures.features.shape[1]):
-            return super()._group(pictures, count, rows)
-        weight = self._relevance[rows]
-        kernel = weight[:, :, None] * cosine_matrix(pictures.features) * weight[:, None]
-        origin = dpp_greedy(kernel, count).sort(1).values
-        return Reduced(take(pictures.features, origin), origin, weight)
 
 
 class _Question:

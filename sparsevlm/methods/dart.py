@@ -18,22 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sparsevlm.core.packing import take
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods.fastv import FastV
-from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
 
 
-@dataclass
+@dataclass(frozen=True)
 class DART(FastV):
     """DART. `k`, `keep` and `match` as in `FastV` (the authors' K is 2); `early_drop` has no effect here.
 
@@ -49,28 +46,18 @@ class DART(FastV):
     name: ClassVar[str] = "dart"
     needs_text: ClassVar[bool] = False
     scores_next: ClassVar[bool] = True
+    scores_entered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.visual_pivots < 1 or self.text_pivots < 0:
             raise ValueError(f"visual_pivots {self.visual_pivots} must be at least 1, text_pivots at least 0")
-        self._entered: dict[int, Tensor] = {}  # states that entered layer K - 1
-
-    def hooks(self, family: Family) -> list[RemovableHandle]:
-        return [
-            layer.register_forward_pre_hook(partial(self._note, i), with_kwargs=True)
-            for i, layer in enumerate(family.decoder.layers)
-        ]
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
-        self._entered = dict.fromkeys(prefill.points)
-
-    def _note(self, i: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if i in self._entered and self._entered[i] is None:
-            self._entered[i] = args[0] if args else kwargs["hidden_states"]
+        """There are no raters."""
 
     def score(self, stage: Stage) -> Tensor:
-        keys = replace(stage, module=stage.layer, hidden=self._entered.pop(stage.layer)).module_inputs().keys
+        keys = replace(stage, module=stage.layer, hidden=stage.prefill.entered).module_inputs().keys
         size = keys.to(torch.promote_types(keys.dtype, torch.float32)).abs().sum((1, 3))  # [B, L]
         states = stage.prefill.family.decoder.norm(stage.hidden).to(size.dtype)
         states = nn.functional.normalize(states, dim=-1)

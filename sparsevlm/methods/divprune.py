@@ -19,7 +19,7 @@ from sparsevlm.methods._vision import VisionMethod
 from sparsevlm.runtime.vision import Pictures, Reduced
 
 
-@dataclass
+@dataclass(frozen=True)
 class DivPrune(VisionMethod):
     """Max-min diversity of projected tokens."""
 

@@ -31,7 +31,7 @@ from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision, find_towers
 
 
-@dataclass
+@dataclass(frozen=True)
 class Downsample(VisionMethod):
     """A coarser grid of visual tokens.
 
@@ -61,7 +61,7 @@ class Downsample(VisionMethod):
             if self.side is not None and not 1 <= self.side <= tower.grid:
                 raise ValueError(f"side {self.side} must be between 1 and the tower's {tower.grid} patches per side")
 
-    def spend(self, sizes: Sequence[int]) -> list[int]:
+    def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
         if self.side is not None:
             return [self.side**2] * len(sizes)
         budget = check_budget(self.budget, sum(sizes))
@@ -85,20 +85,19 @@ class Downsample(VisionMethod):
             return None
         pixels = args[0] if args else kwargs["pixel_values"]
         *others, last = [resized(pixels[group], tower, encoding.counts[group[0]]) for group in encoding.groups]
-        self._states = []
+        states = vision.scratch["states"] = []
         for small in others:
             x = module.pre_layrnorm(module.embeddings(small, interpolate_pos_encoding=True))
             for layer in tower.blocks:
                 x = layer(x, None)
-            self._states.append(x)
+            states.append(x)
         kwargs = {**kwargs, "interpolate_pos_encoding": True}
         return ((last, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": last})
 
-    def encode(self, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
+    def encode(self, vision: Vision, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
         if self.of == "features":
-            return super().encode(pictures, encoding)
-        states, out = [*self._states, pictures.states], []
-        self._states = []
+            return super().encode(vision, pictures, encoding)
+        states, out = [*vision.scratch.pop("states"), pictures.states], []
         for x, group in zip(states, encoding.groups, strict=True):
             count = encoding.counts[group[0]]
             rows = x if count == x.shape[1] and encoding.tower.cls else x[:, 1:]

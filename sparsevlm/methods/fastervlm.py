@@ -24,7 +24,7 @@ from sparsevlm.methods._vision import VisionMethod
 from sparsevlm.runtime.vision import Pictures, Reduced
 
 
-@dataclass
+@dataclass(frozen=True)
 class FasterVLM(VisionMethod):
     """The top patches by CLS attention."""
 

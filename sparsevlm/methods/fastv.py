@@ -39,7 +39,7 @@ MATCHES = ("leaving", "entering")
 _LAYER = 2  # of 32: K = 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class FastV(Method):
     """FastV.
 
@@ -67,7 +67,7 @@ class FastV(Method):
             value = int_tuple(getattr(self, option), option)
             if value is not None and (len(value) != 1 or value[0] < 1):
                 raise ValueError(f"{option} {getattr(self, option)!r} must be one whole number of at least 1")
-            setattr(self, option, value and value[0])
+            self._set(option, value and value[0])
         if self.keep is not None and self.budget is not None:
             raise ValueError("give either a budget or keep, not both")
 

@@ -30,12 +30,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from sparsevlm.budget import (
     Schedule,
@@ -57,7 +56,7 @@ from sparsevlm.runtime.stage import Stage
 _START = 4  # of 32
 
 
-@dataclass
+@dataclass(frozen=True)
 class FiCoCoL(Method):
     """FiCoCo-L.
 
@@ -89,7 +88,6 @@ class FiCoCoL(Method):
             raise ValueError("give either a budget or r, not both")
         if self.r is not None and self.r < 0:
             raise ValueError(f"r {self.r} is a number of tokens to discard per layer, at least 0")
-        self._folds: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: visual_index and weights [B, kept, discarded]
 
     def check(self, family: Family) -> None:
         if self.start is not None:
@@ -103,15 +101,7 @@ class FiCoCoL(Method):
             return super().plan(n_visual, n_layers)
         return _solve(self.budget, n_visual, n_layers, self.start)
 
-    def hooks(self, family: Family) -> list[RemovableHandle]:
-        """Before each layer, and before the runtime drops the discarded tokens: fold them into the kept ones."""
-        return [
-            layer.register_forward_pre_hook(partial(self._compress, i - 1), with_kwargs=True, prepend=True)
-            for i, layer in enumerate(family.decoder.layers)
-        ]
-
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
-        self._folds = {}
         text = embeddings[:, embeddings.shape[1] - prefill.tail :]
         prefill.set_raters(select_raters(text, text, None, prefill.text_valid, "all"))
 
@@ -132,18 +122,15 @@ class FiCoCoL(Method):
         kept = _best(-redundancy, stage.visual_valid, keep)
         discarded = ~kept if stage.visual_valid is None else ~kept & stage.visual_valid
         folded = fold_weights(correlation, kept, discarded, keep, self.epsilon)
-        self._folds[stage.layer] = stage.visual_index, folded
+        prefill.scratch["fold"] = stage.visual_index, folded
         return -redundancy
 
-    def _compress(self, layer: int, module: nn.Module, args: tuple, kwargs: dict):
-        if layer not in self._folds:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        index, weights = (t.to(hidden.device) for t in self._folds.pop(layer))
+    def before_drop(self, prefill: Prefill, layer: int, hidden: Tensor) -> Tensor:
+        """Fold the discarded tokens into the kept ones."""
+        index, weights = (t.to(hidden.device) for t in prefill.scratch.pop("fold"))
         tokens = take(hidden, index)
         mixed = (tokens + weights.mT @ tokens.to(weights.dtype)) / (1 + weights.sum(1))[..., None]
-        hidden = hidden.scatter(1, index[..., None].expand_as(tokens), mixed.to(hidden.dtype))
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        return hidden.scatter(1, index[..., None].expand_as(tokens), mixed.to(hidden.dtype))
 
 
 def fold_weights(correlation: Tensor, kept: Tensor, discarded: Tensor, keep: list[int], epsilon: float) -> Tensor:

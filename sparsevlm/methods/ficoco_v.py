@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from sparsevlm.core.packing import take
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods._blocks import BlockMethod
-from sparsevlm.runtime.blocks import Tokens
+from sparsevlm.runtime.blocks import Blocks, Tokens
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.vision import Tower, find_towers, mean_attention
 
 
-@dataclass
+@dataclass(frozen=True)
 class FiCoCoV(BlockMethod):
     """Filter, correlate, compress in the vision tower.
 
@@ -73,8 +73,8 @@ class FiCoCoV(BlockMethod):
         start = tower.module.config.num_hidden_layers // 2 if self.start is None else self.start
         return range(min(start, tower.layer), tower.layer + 1)
 
-    def block(self, i: int, layer: nn.Module, tokens: Tokens, tower: Tower) -> None:
-        run = self.run(tower)
+    def block(self, run: Blocks, i: int, layer: nn.Module, tokens: Tokens) -> None:
+        tower = run.tower
         x = run.attend(layer, tokens)
         blocks = self.layers(tower)
         left = spread(tower.patches, tokens.count, len(blocks))[i - blocks[0]]

@@ -26,11 +26,11 @@ from torch.nn import functional as F
 
 from sparsevlm.core.merging import match, merge_mean, most_removable
 from sparsevlm.methods._blocks import BlockMethod
-from sparsevlm.runtime.blocks import Tokens
+from sparsevlm.runtime.blocks import Blocks, Tokens
 from sparsevlm.runtime.vision import Tower, cls_row, mean_heads
 
 
-@dataclass
+@dataclass(frozen=True)
 class Folder(BlockMethod):
     """One folding block.
 
@@ -45,9 +45,8 @@ class Folder(BlockMethod):
     def layers(self, tower: Tower) -> range:
         return range(tower.layer, tower.layer + 1)
 
-    def block(self, i: int, layer: nn.Module, tokens: Tokens, tower: Tower) -> None:
-        run = self.run(tower)
-        alpha = {"image": 5.0, "video": 0.0}[tower.kind] if self.alpha is None else self.alpha
+    def block(self, run: Blocks, i: int, layer: nn.Module, tokens: Tokens) -> None:
+        alpha = {"image": 5.0, "video": 0.0}[run.tower.kind] if self.alpha is None else self.alpha
         tokens.x = run.attend(layer, tokens)
         metric = F.normalize(mean_heads(tokens.keys, layer.self_attn), dim=-1)
         attention = cls_row(layer.self_attn, tokens.queries, tokens.keys).mean(1)

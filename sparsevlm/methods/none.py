@@ -8,7 +8,7 @@ from typing import ClassVar
 from sparsevlm.methods.base import Method
 
 
-@dataclass
+@dataclass(frozen=True)
 class NoPruning(Method):
     """Keeps every visual token, whatever the budget (so that a sweep over budgets needs no exception for it)."""
 

@@ -40,7 +40,7 @@ from sparsevlm.runtime.stage import Stage
 _PUBLISHED, _EARLY, _EARLIEST = (8, 16, 24), (2, 8, 16), (1, 8, 16)  # of 32, counted from 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class PyramidDrop(Method):
     """PyramidDrop.
 
@@ -62,14 +62,14 @@ class PyramidDrop(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.layers = int_tuple(self.layers, "layers")
+        self._set("layers", int_tuple(self.layers, "layers"))
         one_of(self.match, MATCHES, "match")
         one_of(self.positions, ("renumber", "original"), "positions")
         if self.ratios is None:
             return
         if self.budget is not None:
             raise ValueError("give either a budget or ratios, not both")
-        self.ratios = tuple(float(r) for r in self.ratios)
+        self._set("ratios", tuple(float(r) for r in self.ratios))
         if not all(0 < r <= 1 for r in self.ratios) or list(self.ratios) != sorted(self.ratios, reverse=True):
             raise ValueError(f"ratios {self.ratios} are shares of the original tokens, above 0, at most 1, not rising")
         if len(self.ratios) != len(_PUBLISHED if self.layers is None else self.layers):

@@ -20,7 +20,7 @@ from sparsevlm.runtime.stage import Stage
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Random(Method):
     """Keep `budget` visual tokens, drawn uniformly at the language model's input.
 
@@ -51,11 +51,12 @@ class Random(Method):
             # count from the last word of the prompt, wherever padding is
             behind = prefill.text_valid.long().flip(1).cumsum(1).flip(1)
             mixed = _mix(words + behind * 0x9E3779B9).masked_fill(~prefill.text_valid, 0)
-        self._keys = mixed.sum(1, keepdim=True)
+        prefill.scratch["keys"] = mixed.sum(1, keepdim=True)
 
     def score(self, stage: Stage) -> Tensor:
         index = torch.arange(stage.visual_index.shape[1], device=stage.hidden.device)
-        bits = _mix(_mix(self._keys.to(index.device) + self.seed * 0x632BE5AB) + index * 0x9E3779B9)
+        keys = stage.prefill.scratch["keys"].to(index.device)
+        bits = _mix(_mix(keys + self.seed * 0x632BE5AB) + index * 0x9E3779B9)
         return (bits & 0xFFFFFF).float()  # 24 bits are exact in float32; ties go by index
 
 

@@ -12,7 +12,7 @@ from sparsevlm.methods.fastv import FastV
 from sparsevlm.methods.random import Random
 
 
-@dataclass
+@dataclass(frozen=True)
 class RandomLayer(FastV):
     """Keep uniformly drawn visual tokens from layer K on. Further options as in `FastV`.
 

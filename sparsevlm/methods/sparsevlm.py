@@ -52,7 +52,7 @@ def paid_by_visual(stage: Stage, rows: Tensor) -> Tensor:
     return paid.sum(1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class SparseVLM(Method):
     """SparseVLM with fixed lists (v1.5 / ICML).
 
@@ -94,7 +94,8 @@ class SparseVLM(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.layers, self.keep = int_tuple(self.layers, "layers"), int_tuple(self.keep, "keep")
+        for option in ("layers", "keep"):
+            self._set(option, int_tuple(getattr(self, option), option))
         if self.raters != EVERY_TOKEN and not is_rule(self.raters):
             known = ", ".join((*RULES, EVERY_TOKEN))
             raise ValueError(f"rater rule {self.raters!r} is unknown; known: {known}, or {NUMBER}")

@@ -28,7 +28,7 @@ from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
 
 
-@dataclass
+@dataclass(frozen=True)
 class SparseVLMPlus(SparseVLM):
     """SparseVLM+ with fixed lists. Further options as in `SparseVLM`.
 
@@ -61,15 +61,18 @@ class SparseVLMPlus(SparseVLM):
         total = family.decoder.config.num_attention_heads
         if self.heads > total:
             raise ValueError(f"heads {self.heads:g} is above the model's {total} attention heads; give a share instead")
+
+    def attach(self, family: Family) -> int | None:
+        """Distance from which on the kernel is not positive; None = not below 16384, or not known."""
         frequencies = family.decoder.rotary_emb.inv_freq
-        self._limit = None if frequencies.is_meta else first_nonpositive_distance(frequencies.detach().cpu(), 16384)
+        return None if frequencies.is_meta else first_nonpositive_distance(frequencies.detach().cpu(), 16384)
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
         super().begin(prefill, embeddings)
-        span = prefill.prompt.past + prefill.length
-        if self.kernel and self.kernel_floor is None and self._limit is not None and span > self._limit:
+        span, limit = prefill.prompt.past + prefill.length, prefill.attached
+        if self.kernel and self.kernel_floor is None and limit is not None and span > limit:
             warnings.warn(
-                f"SparseVLM+: the RoPE kernel is not positive at distances from {self._limit} on, and this prompt "
+                f"SparseVLM+: the RoPE kernel is not positive at distances from {limit} on, and this prompt "
                 f"spans {span} tokens: scores of tokens that far from a rater change their sign. Set kernel_floor to "
                 "clamp it.",
                 stacklevel=2,

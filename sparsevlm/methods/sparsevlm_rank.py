@@ -29,7 +29,7 @@ RULES = ("paper", "v1.0", "video")
 _LAYERS = {"paper": (2, 6, 15), "v1.0": (2, 6, 15, 19), "video": (1,)}  # of 32
 
 
-@dataclass
+@dataclass(frozen=True)
 class SparseVLMRank(SparseVLM):
     """SparseVLM with an adaptive number of tokens. Further options as in `SparseVLM`, but for `keep`.
 
@@ -72,11 +72,12 @@ class SparseVLMRank(SparseVLM):
     def score(self, stage: Stage) -> Tensor:
         rows = stage.visual_columns(stage.attention(stage.prefill.tail))
         raters = stage.prefill.weights > 0
-        self._ranks = attention_rank(rows.mean(1), raters, stage.visual_valid)
+        stage.prefill.scratch["ranks"] = attention_rank(rows.mean(1), raters, stage.visual_valid)
         return mean_scores(rows, stage.prefill.weights)
 
     def keep_counts(self, stage: Stage) -> list[int]:
-        return [self._keep(n, r) if n else 0 for n, r in zip(stage.n_visual, self._ranks, strict=True)]
+        ranks = stage.prefill.scratch["ranks"]
+        return [self._keep(n, r) if n else 0 for n, r in zip(stage.n_visual, ranks, strict=True)]
 
     def _keep(self, n: int, rank: int) -> int:
         """Tokens to keep of `n` at a given rank; at least one."""

@@ -24,12 +24,12 @@ from torch import nn
 
 from sparsevlm.core.merging import match, merge_mean, merge_schedule, most_removable
 from sparsevlm.methods._blocks import BlockMethod
-from sparsevlm.runtime.blocks import Tokens
+from sparsevlm.runtime.blocks import Blocks, Tokens
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.vision import Tower, find_towers, mean_heads
 
 
-@dataclass
+@dataclass(frozen=True)
 class ToMe(BlockMethod):
     """Token merging.
 
@@ -53,8 +53,8 @@ class ToMe(BlockMethod):
     def layers(self, tower: Tower) -> range:
         return range(tower.layer + 1)
 
-    def block(self, i: int, layer: nn.Module, tokens: Tokens, tower: Tower) -> None:
-        run = self.run(tower)
+    def block(self, run: Blocks, i: int, layer: nn.Module, tokens: Tokens) -> None:
+        tower = run.tower
         bias = tokens.size.log()[..., 0] if self.proportional and tokens.size is not None else None
         tokens.x = run.attend(layer, tokens, bias)
         left = tokens.x.shape[1] - merge_schedule(tower.patches, tokens.count, tower.layer + 1)[i]

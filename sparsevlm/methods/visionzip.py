@@ -32,7 +32,7 @@ from sparsevlm.methods._vision import VisionMethod
 from sparsevlm.runtime.vision import Pictures, Reduced
 
 
-@dataclass
+@dataclass(frozen=True)
 class VisionZip(VisionMethod):
     """Dominant and contextual tokens.
 
@@ -65,9 +65,9 @@ class VisionZip(VisionMethod):
     def active(self) -> bool:
         return self.dominant is not None or super().active
 
-    def spend(self, sizes: Sequence[int]) -> list[int]:
+    def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
         if self.dominant is None:
-            return super().spend(sizes)
+            return super().spend(sizes, n_layers)
         return [check_budget(self.dominant + self.contextual, size) for size in sizes]
 
     def split(self, count: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from sparsevlm.methods.fastervlm import patch_scores
 from sparsevlm.runtime.vision import Pictures, Reduced
 
 
-@dataclass
+@dataclass(frozen=True)
 class VisPruner(VisionMethod):
     """CLS attention and duplicate removal.
 

@@ -45,7 +45,7 @@ class Tokens:
 
 
 class Blocks:
-    """Hooks that let `method.block(layer index, layer, tokens, tower)` compute the given layers of a tower."""
+    """Hooks that let `method.block(self, layer index, layer, tokens)` compute the given layers of a tower."""
 
     def __init__(self, method, vision: Vision, tower: Tower, layers: range):
         self.method, self.vision, self.tower, self.layers = method, vision, tower, layers
@@ -87,7 +87,7 @@ class Blocks:
             if tokens.count == 0:
                 continue  # a frame that gets no token
             if tokens.count < self.tower.patches:
-                self.method.block(i, layer, tokens, self.tower)
+                self.method.block(self, i, layer, tokens)
             else:
                 tokens.x = self.mlp(layer, self.attend(layer, tokens))
         return self.tokens[0].x if len(self.tokens) == 1 else out

@@ -59,6 +59,7 @@ class Hooks:
         if visual_mask is not None and (visual_mask.dim() != 2 or visual_mask.dtype != torch.bool):
             raise ValueError(f"visual_mask must be [B, L] bool, not {tuple(visual_mask.shape)} {visual_mask.dtype}")
         method.check(self.family)
+        self.attached = method.attach(self.family)
         self.given_mask = visual_mask
         self.trace = Trace()
         self.handles: list = []
@@ -78,7 +79,7 @@ class Hooks:
         keep(family.decoder.register_forward_hook(self._on_output))
         for i, layer in enumerate(family.decoder.layers):
             keep(layer.register_forward_pre_hook(functools.partial(self._on_layer, i), with_kwargs=True))
-        self.handles += self.method.hooks(family)
+        self.handles += self.method.hooks(self.attached)
         if hasattr(self.model, "generate"):
             self._wrap_generate()
 
@@ -127,7 +128,7 @@ class Hooks:
     def _announce(self, ids: Tensor | None, kwargs: dict) -> None:
         """Tell the method whose pictures are about to be encoded: those of tokens that no cache holds yet."""
         if isinstance(ids, Tensor) and any(kwargs.get(name) is not None for name in _PIXELS[:-1]):
-            self.method.announce(ids[:, seen_tokens(kwargs.get("past_key_values")) :])
+            self.method.announce(self.attached, ids[:, seen_tokens(kwargs.get("past_key_values")) :])
 
     def _given(self, tokens: Tensor, cache) -> Tensor | None:
         """The caller's visual mask, for a call that starts a sequence; repeated for beams, extended by new tokens."""
@@ -186,7 +187,7 @@ class Hooks:
             if cache is not None:
                 self._keep_first_mask(cache, key_mask, length)
                 key_mask = state_of(cache).segments[0].key_mask
-        self.prefill = Prefill(self.method, self.family, prompt, hidden, kwargs, cache, key_mask)
+        self.prefill = Prefill(self.method, self.attached, self.family, prompt, hidden, kwargs, cache, key_mask)
         self.trace.prefills.append(self.prefill.record)
         self._hook_projections(self.prefill.points)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,16 @@ class Prefill(HasRows):
         merged_sources: per stage so far the `source` [B, n] of its merged tokens (-1 = none).
         tables: [1 or B, L, 2 d] cos and sin side by side of the current rows; None = those of the call.
         key_mask: [B, cached + L] bool of the current segment, None = no padding.
+        attached: what `method.attach` made of the model.
+        scratch: what the method remembers of this prompt.
+        entered: [B, L, D] states that entered the last pruning layer, for methods with `scores_entered`.
         raters: [B, tail] bool over the last `tail` tokens; weights: the same as float32, summing to one.
     """
 
-    def __init__(self, method, family: Family, prompt: Prompt, hidden: Tensor, kwargs: dict, cache, key_mask):
-        self.method, self.family, self.prompt, self.cache = method, family, prompt, cache
+    def __init__(self, method, attached, family: Family, prompt: Prompt, hidden: Tensor, kwargs: dict, cache, key_mask):
+        self.method, self.attached, self.family, self.prompt, self.cache = method, attached, family, prompt, cache
+        self.scratch: dict[str, Any] = {}
+        self.entered: Tensor | None = None
         self.device = device = hidden.device
         self.batch = hidden.shape[0]
         self.tail = prompt.tail  # number of last positions among which the text after the last visual token lies
@@ -50,7 +56,9 @@ class Prefill(HasRows):
         self.numbers = torch.arange(hidden.shape[1], device=device)
         self.rows = first_rows(prompt, self.numbers)
         layers = family.n_layers
-        self.schedules = [method.plan(n, layers) if n else Schedule(0, layers, (), (), (), ()) for n in self.n_visual]
+        self.schedules = [
+            method.schedule(n, layers, attached) if n else Schedule(0, layers, (), (), (), ()) for n in self.n_visual
+        ]
         self.points = sorted({layer for s in self.schedules for layer in s.layers})
         self.text_valid = None if prompt.text.all() else torch.from_numpy(prompt.text).to(device)
         self.source: Tensor | None = None
@@ -141,6 +149,8 @@ class Prefill(HasRows):
                     hidden, self.pending = drop_early(self, self.pending, stage)
             elif stage.computed is not None and not torch.is_grad_enabled():
                 self.handed = Handed.whole(stage.computed)
+        if self.method.scores_entered and layer in self.points:
+            self.entered = hidden
         return hidden
 
     def _stage(self, layer: int, module: int, hidden: Tensor) -> Stage:
@@ -182,7 +192,8 @@ class Prefill(HasRows):
 
     def _apply(self, d: Decision, hidden: Tensor) -> Tensor:
         """Drop, merge and reorder: from the rows of one segment to those of the next."""
-        original = self.method.positions == "original"
+        original = self.method.positions_after(d.layer) == "original"
+        hidden = self.method.before_drop(self, d.layer, hidden)
         if isinstance(self.rows, Block):
             if not d.uniform:
                 self.rows = self.rows.scattered()
@@ -246,7 +257,7 @@ class Prefill(HasRows):
             state = state_of(self.cache)
             state.dropped_at_input = (state.dropped_at_input or 0) + self.prompt.length - self.length
             report_seen_tokens(self.cache)
-        if self.method.positions == "renumber":
+        if self.method.positions_after(layer - 1) == "renumber":
             shift = self._renumber(padding, shift, hidden)
             self.renumbered = True
         elif self.renumbered and segment is not None:  # at an earlier stage of this call: the positions stay as there

@@ -27,11 +27,15 @@ class StageRecord:
     tokens_in: list[int]
     tokens_out: list[int]
     recycled: list[int]
-    _details: Callable[[], tuple[list, list, list]] = field(repr=False)
+    _details: Callable[[], tuple[list, list, list]] | None = field(repr=False)
 
     @cached_property
     def _worked_out(self) -> tuple[list, list, list]:
         return self._details()
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles hold the worked-out tensors, not what they are worked out of."""
+        return {**vars(self), "_worked_out": self._worked_out, "_details": None}
 
     @property
     def scores(self) -> list[Tensor | None]:
@@ -64,7 +68,7 @@ class PrefillRecord:
     n_tokens: list[int]
     n_layers: int
     stages: list[StageRecord] = field(default_factory=list)
-    _raters: Callable[[], list[Tensor]] = field(default=list, repr=False)
+    _raters: Callable[[], list[Tensor]] | None = field(default=list, repr=False)
 
     @cached_property
     def raters(self) -> list[Tensor]:
@@ -80,6 +84,10 @@ class PrefillRecord:
     def leaving(self) -> list[float]:
         """Mean visual tokens leaving a layer, per sample: the authors' count."""
         return self._mean(mean_leaving)
+
+    def __getstate__(self) -> dict:
+        """As for `StageRecord`."""
+        return {**vars(self), "raters": self.raters, "_raters": None}
 
     def _mean(self, rule: Callable) -> list[float]:
         layers = [s.layer for s in self.stages]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,7 @@ class Pictures:
         features: [n, N, d] what the projector gets, or has made.
         states: [n, 1 + P, d] output of the feature layer: CLS and all patches; None if not asked for.
         queries, keys: [n, 1 + P, d] raw projections of that layer; None if not asked for.
+        relevance: [n, N] what a method found about the visual tokens of all pictures together.
     """
 
     tower: Tower
@@ -114,11 +116,12 @@ class Pictures:
     states: Tensor | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
+    relevance: Tensor | None = None
 
     def __getitem__(self, rows: list[int]) -> Pictures:
         if rows == list(range(self.features.shape[0])):
             return self
-        parts = ("features", "states", "queries", "keys")
+        parts = ("features", "states", "queries", "keys", "relevance")
         return replace(self, **{p: getattr(self, p)[rows] for p in parts if getattr(self, p) is not None})
 
     def cls_attention(self) -> Tensor:
@@ -231,7 +234,14 @@ class Encoding:
 
 
 class Vision:
-    """The hooks of one method on the towers and the projector of one model."""
+    """The hooks of one method on the towers and the projector of one model.
+
+    Attributes:
+        tokens: visual tokens of one picture.
+        last: what was made of the pictures of the last prompts, by kind.
+        captured: of the call being made: fields of `Pictures`.
+        scratch: what the method remembers while it is installed.
+    """
 
     def __init__(self, method, family: Family):
         self.method, self.family = method, family
@@ -242,6 +252,7 @@ class Vision:
         self.last: dict[str, Encoding] = {}
         self.encoding: Encoding | None = None
         self.captured: dict[str, Tensor] = {}
+        self.scratch: dict[str, Any] = {}
 
     def handles(self) -> list[RemovableHandle]:
         out = []
@@ -250,14 +261,16 @@ class Vision:
             if self.method.captures:
                 layer = tower.blocks[-1]
                 watched = {"states": layer, "queries": layer.self_attn.q_proj, "keys": layer.self_attn.k_proj}
-                out += [module.register_forward_hook(self._keeper(name)) for name, module in watched.items()]
+                out += [module.register_forward_hook(self.keeper(name)) for name, module in watched.items()]
             out += self.method.tower_hooks(self, tower)
         projector = self.family.outer.multi_modal_projector
         out.append(projector.register_forward_pre_hook(self._before_projector))
         out.append(projector.register_forward_hook(self._after_projector))
         return out
 
-    def _keeper(self, name: str):
+    def keeper(self, name: str):
+        """A forward hook that makes the output the field `name` of `Pictures`."""
+
         def keep(module: nn.Module, args: tuple, out) -> None:
             self.captured[name] = out[0] if isinstance(out, tuple) else out
 
@@ -279,13 +292,13 @@ class Vision:
     def _counts(self, tower: Tower, n: int) -> tuple[list[int], list[int] | None]:
         """Tokens of each of n pictures, and the pictures of each prompt."""
         if not self.announced:  # somebody encodes by himself: every picture is taken for a prompt of its own
-            return self.method.spend([tower.tokens]) * n, None
+            return self.method.spend([tower.tokens], self.family.n_layers) * n, None
         prompts = self.pictures or [{tower.kind: n}]
         sizes = {t.kind: t.tokens for t in self.towers}
         counts = []
         for prompt in prompts:
             kinds = [kind for kind in sizes for _ in range(prompt.get(kind, 0))]
-            spent = self.method.spend([sizes[kind] for kind in kinds]) if kinds else []
+            spent = self.method.spend([sizes[kind] for kind in kinds], self.family.n_layers) if kinds else []
             counts += [c for c, kind in zip(spent, kinds, strict=True) if kind == tower.kind]
         if len(counts) != n:
             raise ValueError(f"{n} pictures ({tower.kind}) were given, the prompts have room for {len(counts)}")
@@ -301,7 +314,7 @@ class Vision:
     def _make(self, features: Tensor) -> Encoding:
         e = self.encoding
         pictures = Pictures(e.tower, features, **self.captured)
-        e.reduced = self.method.encode(pictures, e)
+        e.reduced = self.method.encode(self, pictures, e)
         return e
 
     def _before_projector(self, module: nn.Module, args: tuple) -> tuple[Tensor] | None:
