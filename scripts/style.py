@@ -39,7 +39,8 @@ _LINES = ["-", ":", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)
 _LOOKS = {
     "sparsevlm": 0, "random": 1, "sparsevlm (raters=all)": 2, "sparsevlm_plus": 3, "sparsevlm_rank": 4, "fastv": 3,
     "pyramiddrop": 4, "dart": 0, "ficoco_l": 5, "random_layer": 2, "visionzip": 5, "aim": 0, "divprune": 2,
-    "fastervlm": 3, "vispruner": 4, "cdpruner": 6, "tome": 6, "folder": 0, "ficoco_v": 2, "downsample": 3,
+    "fastervlm": 3, "vispruner": 4, "cdpruner": 6, "tome": 6, "folder": 0, "folder_simple": 1, "ficoco_v": 2,
+    "downsample": 3,
 }  # fmt: skip
 MOST_LINES = len(_COLOURS)  # in one panel
 

@@ -1,16 +1,20 @@
 """CDPruner (arXiv 2506.10967, NeurIPS 2025): tokens that differ from each other and concern the question.
 
 1. Relevance of a patch: minus the cosine of its CLIP image embedding (post-norm and visual projection of the layer that
-   the language model reads) and the CLIP text embedding of the question, averaged over segments of at most 77 tokens;
-   min-max normalised over the picture. (Minus: patches of CLIP resemble the texts that they do not show.)
+   the language model reads) and the CLIP text embedding of the question, averaged over segments of 77 tokens; min-max
+   normalised over the picture. (Minus: patches of CLIP resemble the texts that they do not show.) As in the authors'
+   code only the first segment of a question of more than 75 tokens has a start token, only the last one an end; what
+   CLIP takes for the embedding of the others is the state at the highest id, or at the first place.
 2. Kernel: diag(relevance) C diag(relevance), C = cosines of the projected tokens.
 3. T tokens by greedy MAP inference of the determinantal point process with that kernel, in their order.
 
 Source: the paper and the authors' repository (Apache-2.0). LLaVA models contain CLIP's vision tower only, so the CLIP
 model of the same tower has to be given (`clip=`, for LLaVA-1.5 openai/clip-vit-large-patch14-336); without it the
-method refuses. Deviations: relevance is normalised per picture, not over the batch; pictures of a prompt share the
-budget and are pruned one by one; the question is the prompt's text after its last picture, without the final
-"ASSISTANT:" (the authors hand it over separately; `question=` does that here). Reading it waits for the device.
+method refuses. Deviations: relevance is normalised per picture, not over the batch, and averaged over the segments of
+the picture's own question; pictures of a prompt share the budget and are pruned one by one; the question is the
+prompt's text after its last picture, without the final "ASSISTANT:" (the authors hand it over separately; `question=`
+does that here). Reading it waits for the device. Kernel and relevance are computed in at least float32, and a gain of
+the greedy inference that rounding makes negative counts as none (theirs becomes NaN).
 """
 
 from __future__ import annotations
@@ -130,14 +134,13 @@ class _Loaded:
     def embed(self, text: str) -> Tensor:
         """[segments, p] unit text embeddings of a question."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        size = self.clip.config.text_config.max_position_embeddings - 2
-        parts = [ids[i : i + size] for i in range(0, max(1, len(ids)), size)]
-        out = []
-        for part in parts:
-            segment = torch.tensor([[start, *part, end]], device=self.clip.device)
-            out.append(self.clip.text_projection(self.clip.text_model(segment).pooler_output))
-        return F.normalize(torch.cat(out).float(), dim=-1)
+        ids = [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
+        size = self.clip.config.text_config.max_position_embeddings
+        padding = -len(ids) % size
+        mask = torch.tensor([1] * len(ids) + [0] * padding, device=self.clip.device).view(-1, size)
+        segments = torch.tensor(ids + [0] * padding, device=self.clip.device).view(-1, size)
+        out = self.clip.text_projection(self.clip.text_model(segments, attention_mask=mask).pooler_output)
+        return F.normalize(out.to(torch.promote_types(out.dtype, torch.float32)), dim=-1)
 
 
 class _Question:

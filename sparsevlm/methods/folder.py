@@ -9,11 +9,12 @@ Between attention and MLP of that block:
    left.
 The language model gets the unmerged A tokens in their order, then B, as in the authors' code.
 
-Source: the full variant of the authors' code as described in the literature (the repository has no licence; nothing of
-it was used), alpha 5 for LLaVA and 0 for video. Deviations: the authors' knob is r = removed / 24 blocks (16 for 192
-tokens); here any T, with alpha = 5 everywhere. Their code stops folding below 40 tokens and then fails; ours has no
-such threshold. Merged keys are weighted like the tokens, which the sources leave open. The tower's other blocks are
-untouched.
+Source: the complete variant of the authors' code, llava/model/folder of their repository (d4750b9; no licence, nothing
+of it was used), with alpha 5 for LLaVA and 0 for video; raw keys are merged, weighted like the tokens, and normalised
+inside each pass. Their simplified variant is `folder_simple`. Deviations: the authors' knob is r = removed / 24 blocks
+(16 for 192 tokens); here any T, with alpha = 5 everywhere. Their code fails (TypeError) where fewer than 40 tokens,
+CLS included, go into a pass (T = 32; not T = 36, whose last pass starts from 73); ours has no such limit. Frames of a
+video share its budget; ties go by index. The tower's other blocks are untouched.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
-from torch.nn import functional as F
 
 from sparsevlm.core.merging import match, merge_mean, most_removable
 from sparsevlm.methods._blocks import BlockMethod
@@ -48,7 +48,7 @@ class Folder(BlockMethod):
     def block(self, run: Blocks, i: int, layer: nn.Module, tokens: Tokens) -> None:
         alpha = {"image": 5.0, "video": 0.0}[run.tower.kind] if self.alpha is None else self.alpha
         tokens.x = run.attend(layer, tokens)
-        metric = F.normalize(mean_heads(tokens.keys, layer.self_attn), dim=-1)
+        metric = mean_heads(tokens.keys, layer.self_attn)
         attention = cls_row(layer.self_attn, tokens.queries, tokens.keys).mean(1)
         while (now := tokens.x.shape[1]) > tokens.count + 1:
             r = min(now - tokens.count - 1, most_removable(now, True))

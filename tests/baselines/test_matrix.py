@@ -45,6 +45,7 @@ METHODS = {
     "ficoco_l": Row(),
     "ficoco_v": Row(refuses=NO_TOWER),
     "folder": Row(refuses=NO_TOWER),
+    "folder_simple": Row(refuses=NO_TOWER),
     "none": Row(options={}, full={"budget": 12}),
     "pyramiddrop": Row(),
     "random": Row(),

@@ -57,10 +57,10 @@ def test_by_hand():
     x, _ = inputs("one", model)
     states = features(model, x["pixel_values"])[0, 1:]
     embeds = F.normalize(tower.visual_projection(tower.vision_model.post_layernorm(states)), dim=-1)
-    letters = [ord(c) % 47 for c in text]
-    segments = [torch.tensor([[START, *letters[i : i + 8], END]]) for i in range(0, len(letters), 8)]
+    letters = [START, *(ord(c) % 47 for c in text), END]  # cut every 10 tokens, as the authors do
+    segments = [torch.tensor([letters[i : i + 10]]) for i in range(0, len(letters), 10)]
+    assert len(segments) == 2 and segments[1].shape[1] == 8  # padding behind the end changes nothing before it
     texts = [F.normalize(tower.get_text_features(s).pooler_output, dim=-1)[0] for s in segments]
-    assert len(texts) == 2
     relevance = -sum(embeds @ t for t in texts) / 2
     relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
     projected = F.normalize(model.model.multi_modal_projector(states), dim=-1)

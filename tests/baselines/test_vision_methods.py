@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,7 +12,8 @@ from transformers import CLIPVisionConfig, DynamicCache, LlavaConfig, LlavaForCo
 import sparsevlm
 from tests.tiny import GENERATE, IMAGE, PATCHES, inputs, llava, logits, pad, prompt, same, text_config, video_llava
 
-METHODS = ["divprune", "downsample", "fastervlm", "ficoco_v", "folder", "tome", "visionzip", "vispruner"]
+PROJECTED = ["divprune", "folder_simple"]  # they work on what the projector makes
+METHODS = ["downsample", "fastervlm", "ficoco_v", "folder", "tome", "visionzip", "vispruner", *PROJECTED]
 SELECTING = ["divprune", "fastervlm", "vispruner"]  # they hand on tokens as they are
 
 
@@ -65,7 +68,7 @@ def test_projector_computes_only_what_is_kept_and_the_trace_adds_up(name):
     seen, trace, _ = handed_on(model, sparsevlm.build(name, budget=20), x)
     left = trace.prefills[0].stages[0].tokens_out[0]
     assert left == (18 if name == "downsample" else 20)
-    assert sum(s.numel() // s.shape[-1] for s in seen) == (2 * PATCHES if name == "divprune" else left)
+    assert sum(s.numel() // s.shape[-1] for s in seen) == (2 * PATCHES if name in PROJECTED else left)
     stage = trace.prefills[0].stages[0]
     kept = stage.kept[0]
     assert stage.layer == -1 and stage.tokens_in == [2 * PATCHES]
@@ -252,7 +255,7 @@ def tome_by_hand(model, pixels, removed, proportional=True, folds=None, alpha=0.
         q, k, v = (p(h).view(len(x), a.num_heads, -1).transpose(0, 1) for p in (a.q_proj, a.k_proj, a.v_proj))
         weight = (q @ k.transpose(1, 2) * a.scale + (size.log() if proportional else 0)).softmax(-1)
         x = x + a.out_proj((weight @ v).transpose(0, 1).flatten(1))
-        metric, cls = F.normalize(k.mean(0), dim=-1), weight[:, 0].mean(0)
+        metric, cls = k.mean(0), weight[:, 0].mean(0)
         while r:
             now = min(r, (len(x) - 1) // 2)
             r -= now
@@ -294,6 +297,33 @@ def test_folder_token_by_token(budget, alpha):
     seen, _, _ = handed_on(model, sparsevlm.build("folder", budget=budget, alpha=alpha), x)
     want = tome_by_hand(model, x["pixel_values"], [0, 0, 0, 36 - budget], alpha=5.0 if alpha is None else alpha)
     same(seen[0], want, 1e-6)
+
+
+@pytest.mark.parametrize("budget", [20, 10, 1])
+def test_folder_simple_token_by_token(budget):
+    model = deep()
+    x, _ = inputs("one", model)
+    _, trace, out = handed_on(model, sparsevlm.build("folder_simple", budget=budget), x)
+    tokens = list(model.model.multi_modal_projector(features(model, x["pixel_values"])[:, 1:])[0])
+    groups = [[i] for i in range(PATCHES)]
+    while len(groups) > budget:
+        mean = [torch.stack([tokens[i] for i in g]).mean(0) for g in groups]
+        edges = []
+        for i in range(0, len(groups), 2):
+            near = [(float(F.cosine_similarity(mean[i], mean[j], dim=0)), j) for j in range(1, len(groups), 2)]
+            edges.append((*max(near), i))
+        edges.sort(reverse=True)
+        now = min(len(groups) - budget, max((len(groups) - 1) // 2, 1))
+        for _, j, i in edges[:now]:
+            groups[j] += groups[i]
+        gone = {i for _, _, i in edges[:now]}
+        groups = [g for i, g in enumerate(groups) if i not in gone]
+    want = torch.stack([torch.stack([tokens[i] for i in g]).mean(0) * (1 + math.log(len(g))) for g in groups])
+    embeds = model.get_input_embeddings()(x["input_ids"])
+    start = x["input_ids"][0].tolist().index(IMAGE)
+    embeds = torch.cat([embeds[:, :start], want[None], embeds[:, start + PATCHES :]], 1)
+    same(out[:, -1], model(inputs_embeds=embeds).logits[:, -1], 1e-9)
+    assert trace.prefills[0].stages[0].kept[0].tolist() == [g[0] for g in groups]
 
 
 def test_divprune_works_on_projected_tokens():
