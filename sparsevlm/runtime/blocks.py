@@ -6,7 +6,7 @@ hook returns what the method makes with the layer's own modules.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -27,6 +27,7 @@ class Tokens:
         index: [n, 1 + t] int64, places in the full sequence (0 = CLS).
         size: [n, 1 + t, 1] float32, patches merged into each; None = one each.
         queries, keys: [n, 1 + t, d] raw projections of the layer computed last.
+        scratch: what a method remembers from layer to layer.
     """
 
     count: int
@@ -35,6 +36,7 @@ class Tokens:
     size: Tensor | None = None
     queries: Tensor | None = None
     keys: Tensor | None = None
+    scratch: dict[str, Tensor] = field(default_factory=dict)
 
     def merge(self, matching: Matching) -> None:
         """Merge pairs by the mean over all patches they stand for."""

@@ -108,6 +108,27 @@ class Stage(HasRows):
             bias = p.bias(tail, key.shape[2], dtype, p.family.window(self.module))
             return attention_rows(query, key, attention.scaling, mask, bias)
 
+    def mean_logits(self) -> Tensor:
+        """[B, L, L] in at least float32: what `module` computes before mask and softmax, averaged over its heads.
+
+        Of this call's tokens only. A mean of products is one product of all heads side by side.
+        """
+        p = self.prefill
+        attention = p.family.decoder.layers[self.module].self_attn
+        with torch.no_grad():
+            made = self.module_inputs()
+            with part(None):  # what the layer does not do again
+                raw = attention.q_proj(made.normed)
+            if not p.method.early_drop:  # else which rows it computes is not known yet
+                made.raw_queries = raw
+            query = p.family.rotate(self.heads(raw, attention, "q_norm"), *self._tables())
+            dtype = at_least_float32(query.dtype)
+            key = made.keys.to(dtype)
+            query = query.to(dtype).unflatten(1, (key.shape[1], -1))
+            scale = attention.scaling / (query.shape[1] * query.shape[2])
+            query, key = (x.transpose(1, 2).flatten(2) for x in (query.sum(2), key))
+            return query @ key.mT * scale
+
     def module_inputs(self) -> ModuleInputs:
         """Normalised input and keys of `module`, computed once."""
         if self.computed is None:

@@ -142,11 +142,11 @@ def cls_row(attention: nn.Module, queries: Tensor, keys: Tensor, bias: Tensor | 
     return (logits if bias is None else logits + bias[:, None]).softmax(-1)
 
 
-def mean_attention(attention: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
-    """[n, t, t] softmaxed attention, mean over heads, in at least float32; for methods that need all of it."""
+def attention_logits(attention: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
+    """[n, H, t, t] attention before the softmax, in at least float32; for methods that need all of it."""
     dtype = torch.promote_types(keys.dtype, torch.float32)
     q, k = (x.to(dtype).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (queries, keys))
-    return (q @ k.transpose(2, 3) * attention.scale).softmax(-1).mean(1)
+    return q @ k.transpose(2, 3) * attention.scale
 
 
 def mean_heads(x: Tensor, attention: nn.Module) -> Tensor:
@@ -163,13 +163,13 @@ class Reduced:
         rows: [n, T, d] in the order in which the language model shall see them; None once they are handed on.
         origin: [n, T] int64, the visual token that each row is, or is the centre of; -1 = none.
         scores: [n, N] float scores of the visual tokens, None = the method has none.
-        extra: number of rows whose origin is -1.
+        extra: number of rows whose origin is -1, of each picture; one number where all have the same.
     """
 
     rows: Tensor | None
     origin: Tensor
     scores: Tensor | None = None
-    extra: int = 0
+    extra: int | list[int] = 0
 
 
 @dataclass
@@ -202,8 +202,10 @@ class Encoding:
         """Tokens of prompt p that are none of its visual tokens (merged ones, CLS where the model does not use it)."""
         first, last = sum(self.prompts[:p]), sum(self.prompts[: p + 1])
         return sum(
-            made.extra * len([i for i in group if first <= i < last])
+            made.extra if isinstance(made.extra, int) else made.extra[j]
             for group, made in zip(self.groups, self.reduced, strict=True)
+            for j, i in enumerate(group)
+            if first <= i < last
         )
 
     def origins(self, p: int) -> Tensor:

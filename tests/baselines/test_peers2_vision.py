@@ -111,3 +111,9 @@ def test_cdpruner(path: Path):
 def test_folder(path: Path):
     meta = recording(path)[0]
     compare(path, sparsevlm.build("folder", budget=meta["budget"], alpha=meta["alpha"]))
+
+
+@pytest.mark.parametrize("path", files("peers2", "ficoco_v_*.npz"), ids=stem)
+def test_ficoco_v(path: Path):
+    meta = recording(path)[0]
+    compare(path, sparsevlm.build("ficoco_v", variant="code", budget=meta["budget"]))
