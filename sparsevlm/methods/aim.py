@@ -7,15 +7,20 @@
 2. Pruning: after each of the layers 13 ... 20 (of 32) another eighth of the n0 tokens goes; after layer 20 none is
    left. Importance of a token: M = softmax(logits / 0.1) per head; a uniform vector over all tokens is multiplied by M
    five times; the root of the mean square over heads. Text always stays. Position ids are those of the merged prompt.
+   In the released code a dropped token is only masked as a key: it has its share of the uniform vector in later layers,
+   too, hands that on in the first step, and so has a say in the ranking (`start="all"`, the default). For that it has to
+   be computed up to layer 20, although nothing else depends on it: there the method then costs what it would cost to
+   drop nothing, and holds less in the cache only. The paper says nothing of it; `start="kept"` spares that.
 
 The budget is the mean over the layers, as for every method; it determines n0 (32 layers: 373, 249, 125 for 192, 128,
 64); `merge_to` gives it directly (per picture; the authors' 252 and 72). A budget above what is left without merging
 (297 of 576) cannot be expressed. Layers scale with the depth of the model.
 
-Source: the paper and the authors' image code (Apache-2.0). Deviations: dropped tokens are really gone (the released
-code only masks them); importance is computed in the pruning layers only, where it needs all rows of the attention; in
-a second turn it flows among the turn's own tokens; pictures of a prompt, and frames, share n0 and merge within
-themselves.
+Source: the paper and the authors' image code (LaVi-Lab/AIM, edc24e9, other_packages/LLaVA-PruMerge; Apache-2.0).
+Deviations, none with an effect on what is kept: dropped tokens are gone from the sequence and the cache; importance is
+computed in the pruning layers only, where it needs all rows of the attention, and in at least float32 (theirs is
+float32). Where theirs has no case: in a second turn importance flows among the turn's own tokens; pictures of a prompt,
+and frames, share n0 and merge within themselves; prompts of a batch may differ in length; ties go by index.
 """
 
 from __future__ import annotations
@@ -30,7 +35,10 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsevlm.budget import Schedule, check_budget, check_layers
 from sparsevlm.core.merging import match, merge_mean, most_removable, survivors
+from sparsevlm.core.scores import rank_by_score
+from sparsevlm.methods._dropped import Dropped
 from sparsevlm.methods._vision import VisionMethod
+from sparsevlm.methods.base import one_of
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
@@ -49,6 +57,8 @@ class AIM(VisionMethod):
         prune: False = only merge; the budget is then the number of merged tokens.
         steps: multiplications by M.
         temperature: of its softmax.
+        start: "all" = tokens dropped at an earlier layer have their share of the uniform vector, as in the authors'
+            code, and are computed on for that; "kept" = only tokens that are left, nothing is computed for others.
     """
 
     merge_to: int | None = None
@@ -57,11 +67,13 @@ class AIM(VisionMethod):
     prune: bool = True
     steps: int = 5
     temperature: float = 0.1
+    start: str = "all"
 
     name: ClassVar[str] = "aim"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        one_of(self.start, ("all", "kept"), "start")
         if self.merge_to is not None and self.budget is not None:
             raise ValueError("give either a budget or merge_to, not both")
         if self.merge_to is not None and self.merge_to < 1:
@@ -147,13 +159,46 @@ class AIM(VisionMethod):
     def score(self, stage: Stage) -> Tensor:
         if stage.layer < 0:
             return super().score(stage)
+        dropped = self._dropped(stage)
+        seen = None if dropped is None else dropped.attention(stage)
+        scores = self._importance(stage, dropped, seen).gather(1, stage.visual_index)
+        keep = self.keep_counts(stage)
+        if self.start == "all" and any(keep):  # else this was the last layer
+            new = Dropped.at(stage, rank_by_score(scores, stage.visual_valid), keep)
+            attention = new.attention(stage)
+            if dropped is not None:
+                new, attention = dropped.with_these(new), torch.cat([seen, attention], 2)
+            stage.prefill.scratch["dropped"] = new.after(stage, attention)
+        return scores
+
+    def keep_all(self, stage: Stage) -> None:
+        dropped = self._dropped(stage)
+        if dropped is not None:
+            stage.prefill.scratch["dropped"] = dropped.after(stage, dropped.attention(stage))
+
+    def _dropped(self, stage: Stage) -> Dropped | None:
+        dropped = stage.prefill.scratch.pop("dropped", None)
+        return None if dropped is None else dropped.to(stage.hidden.device)
+
+    def _importance(self, stage: Stage, dropped: Dropped | None, seen: Tensor | None) -> Tensor:
+        """[B, L] of all rows; `seen`: attention of the dropped ones."""
         length = stage.hidden.shape[1]
-        flow = (stage.attention(length)[..., -length:].log() / self.temperature).softmax(-1)
+        flow = self._flow(stage.attention(length), length)
         start = _prompt(stage.prefill, length).to(flow.dtype).expand(flow.shape[0], -1)
-        p = (start / start.sum(1, keepdim=True))[:, None, None].expand(-1, flow.shape[1], -1, -1)
-        for _ in range(self.steps):
-            p = p @ flow
-        return p[:, :, 0].square().mean(1).sqrt().gather(1, stage.visual_index)
+        total = start.sum(1, keepdim=True)
+        inflow = 0
+        if dropped is not None and self.steps:  # nothing flows back: they count in the first step only
+            asked = dropped.valid.to(flow.dtype)
+            total = total + asked.sum(1, keepdim=True)
+            inflow = (asked / total)[:, None, None].expand(-1, flow.shape[1], -1, -1) @ self._flow(seen, length)
+        p = (start / total)[:, None, None].expand(-1, flow.shape[1], -1, -1)
+        for step in range(self.steps):
+            p = p @ flow + (inflow if step == 0 else 0)
+        return p[:, :, 0].square().mean(1).sqrt()
+
+    def _flow(self, attention: Tensor, length: int) -> Tensor:
+        """Sharpened attention to the last `length` keys, which are this turn's."""
+        return (attention[..., -length:].log() / self.temperature).softmax(-1)
 
 
 def _prompt(prefill: Prefill, length: int) -> Tensor:

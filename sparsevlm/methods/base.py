@@ -114,6 +114,9 @@ class Method:
         """Scores [B, V] of the visual tokens that enter a stage; high ones stay."""
         raise NotImplementedError
 
+    def keep_all(self, stage: Stage) -> None:
+        """Called instead of `score` at a stage that drops nothing."""
+
     def keep_counts(self, stage: Stage) -> list[int]:
         """Tokens to keep per sample; only adaptive methods override this."""
         return [s.at(stage.layer, n)[0] for s, n in zip(stage.prefill.schedules, stage.n_visual, strict=True)]

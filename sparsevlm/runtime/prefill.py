@@ -114,6 +114,11 @@ class Prefill(HasRows):
         length = cached_length(self.cache, layer)
         return self.cache.layers[layer].keys[:, :, :length] if length else None
 
+    def cached_values(self, layer: int) -> Tensor | None:
+        """Values of earlier turns of a layer [B, H_kv, cached, d]; None in a first turn."""
+        length = cached_length(self.cache, layer)
+        return self.cache.layers[layer].values[:, :, :length] if length else None
+
     def bias(self, tail: int, length: int, dtype: torch.dtype, window: int | None) -> Tensor:
         """`causal_bias` of the last `tail` rows of `length` keys, made once for all stages."""
         made = self._bias
@@ -167,6 +172,9 @@ class Prefill(HasRows):
                 order = rank_by_score(scores, self.rows.valid)
                 if keep is None:
                     keep = self.method.keep_counts(stage)
+        else:
+            with part("scores"):
+                self.method.keep_all(stage)
         counts = self._recycling(stage, keep)
         pool, merged = [p for p, _ in counts], [m for _, m in counts]
         self._log(stage, scores, order, keep, merged)

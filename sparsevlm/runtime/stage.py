@@ -98,15 +98,29 @@ class Stage(HasRows):
                 made.raw_queries = raw
             query = self.heads(raw, attention, "q_norm")
             query = p.family.rotate(query, cos[:, -tail:], sin[:, -tail:])
-            key, mask, earlier = made.keys, p.key_mask, p.cached_keys(self.module)
-            if earlier is not None:  # what the cache of `module` holds may differ from that of the layer before
-                held = state_of(p.cache).at(self.module).key_mask
-                new = None if mask is None else mask[:, -p.length :]
-                mask = extended(held, earlier.shape[2], new, *self.hidden.shape[:2], self.hidden.device)
-                key = torch.cat([earlier, key], 2)
+            key, mask = self.keys()
             dtype = at_least_float32(query.dtype)
             bias = p.bias(tail, key.shape[2], dtype, p.family.window(self.module))
             return attention_rows(query, key, attention.scaling, mask, bias)
+
+    def keys(self) -> tuple[Tensor, Tensor | None]:
+        """[B, H_kv, S, d] rotated keys of `module`, those of earlier turns first; which are real [B, S], None = all."""
+        p, key = self.prefill, self.module_inputs().keys
+        mask, earlier = p.key_mask, p.cached_keys(self.module)
+        if earlier is None:
+            return key, mask
+        # what the cache of `module` holds may differ from that of the layer before
+        held = state_of(p.cache).at(self.module).key_mask
+        new = None if mask is None else mask[:, -p.length :]
+        mask = extended(held, earlier.shape[2], new, *self.hidden.shape[:2], self.hidden.device)
+        return torch.cat([earlier, key], 2), mask
+
+    def values(self) -> Tensor:
+        """[B, H_kv, S, d] values of `module`, those of earlier turns first."""
+        attention = self.prefill.family.decoder.layers[self.module].self_attn
+        value = self.heads(attention.v_proj(self.module_inputs().normed), attention, "v_norm")
+        earlier = self.prefill.cached_values(self.module)
+        return value if earlier is None else torch.cat([earlier, value], 2)
 
     def mean_logits(self) -> Tensor:
         """[B, L, L] in at least float32: what `module` computes before mask and softmax, averaged over its heads.

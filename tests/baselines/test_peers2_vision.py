@@ -117,3 +117,14 @@ def test_folder(path: Path):
 def test_ficoco_v(path: Path):
     meta = recording(path)[0]
     compare(path, sparsevlm.build("ficoco_v", variant="code", budget=meta["budget"]))
+
+
+@pytest.mark.parametrize("path", files("peers2", "aim_*.npz"), ids=stem)
+def test_aim(path: Path):
+    meta, want = recording(path)
+    r = compare(path, sparsevlm.build("aim", merge_to=meta["merge_to"]))
+    assert [stage.layer for stage in r.record.stages] == [-1, *range(13, 21)]
+    left = torch.arange(meta["merge_to"])  # which merged tokens enter the stage
+    for stage in r.record.stages[1:]:
+        left = left[stage.kept[0]]
+        assert left.tolist() == want[f"kept_{stage.layer}"].tolist()
