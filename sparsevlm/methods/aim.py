@@ -8,9 +8,9 @@
    left. Importance of a token: M = softmax(logits / 0.1) per head; a uniform vector over all tokens is multiplied by M
    five times; the root of the mean square over heads. Text always stays. Position ids are those of the merged prompt.
    In the released code a dropped token is only masked as a key: it has its share of the uniform vector in later layers,
-   too, hands that on in the first step, and so has a say in the ranking (`start="all"`, the default). For that it has to
-   be computed up to layer 20, although nothing else depends on it: there the method then costs what it would cost to
-   drop nothing, and holds less in the cache only. The paper says nothing of it; `start="kept"` spares that.
+   too, hands that on in the first step, and so has a say in the ranking (`start="all"`, the default). It has to be
+   computed up to layer 20 for that, although nothing else depends on it: up to there the method then costs what it
+   would cost to drop nothing, and only holds less in the cache. The paper is silent; `start="kept"` spares that.
 
 The budget is the mean over the layers, as for every method; it determines n0 (32 layers: 373, 249, 125 for 192, 128,
 64); `merge_to` gives it directly (per picture; the authors' 252 and 72). A budget above what is left without merging
