@@ -16,7 +16,7 @@ from scripts.summary import label
 # experiment=llava_1_5_7b_paper, experiment=video_llava_7b_paper
 PAPER_SETTINGS = {
     "llava_1_5_7b": {"prompt": "vicuna_v1", "image_aspect_ratio": "pad"},
-    "video_llava_7b": {"prompt": "vicuna_v1", "image_aspect_ratio": "crop"},
+    "video_llava_7b": {"prompt": "llava_v1", "image_aspect_ratio": "crop"},
 }
 # Options of tasks with which the papers ask; another one keeps a run out of their tables.
 PAPER_TASKS = {"textvqa": {"ocr": True}, "mmbench": {"prompt": "llava"}}

@@ -28,8 +28,10 @@ def load(
 ) -> tuple[PreTrainedModel, Processor]:
     """Load a model, ready to generate, and its processor.
 
-    The checkpoint must hold safetensors; no code of a checkpoint is ever run. By default everything is as on the hub;
-    LLaVA's and SparseVLM's papers evaluate with ``prompt="vicuna_v1", image_aspect_ratio="pad"``.
+    The checkpoint must hold safetensors; no code of a checkpoint is ever run. By default prompts and pictures are as on
+    the hub. LLaVA's and SparseVLM's papers evaluate pictures with ``prompt="vicuna_v1", image_aspect_ratio="pad"``,
+    Video-LLaVA's and SparseVLM's videos with ``prompt="llava_v1"``. Frames of videos are always prepared as Video-LLaVA
+    was trained (:func:`sparsevlm.models.pixels.clip_pixels`); the hub's processor differs.
 
     Args:
         name: "mini" (embedded), "llava-1.5-7b", "llava-1.5-13b", "video-llava-7b", a hub id or a local folder.
@@ -38,8 +40,9 @@ def load(
         device: where to put the model.
         attn_implementation: "sdpa", "eager", "flash_attention_2", ... as transformers names them.
         revision: branch, tag or commit of a hub repository.
-        prompt: "hub" (the checkpoint's chat template) or "vicuna_v1" (with LLaVA's system sentence).
-        image_aspect_ratio: "crop" (the hub's centre crop) or "pad" (to a square with the mean colour).
+        prompt: "hub" (the checkpoint's chat template), "vicuna_v1" or "llava_v1" (the authors' conversations, which
+            open with a sentence about a curious user or a curious human).
+        image_aspect_ratio: of pictures, "crop" (the hub's centre crop) or "pad" (to a square with the mean colour).
 
     Raises:
         FileNotFoundError: unknown name, or files are missing.

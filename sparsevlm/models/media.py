@@ -70,8 +70,7 @@ def is_video(video) -> bool:
 
 
 def sample_frames(video: np.ndarray | list | str | Path, frames: int, label: str) -> list[Image.Image]:
-    """`frames` RGB pictures: evenly spaced ones of a longer video (first and last included, as Video-LLaVA takes them);
-    of a shorter one all, the last repeated.
+    """`frames` RGB pictures: evenly spaced ones, first and last included, see :func:`uniform`.
 
     Args:
         video: an array [T, H, W, 3] uint8, a list of frames, or a file.

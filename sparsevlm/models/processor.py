@@ -6,6 +6,7 @@ installed, and the pixels then differ (up to 0.03 after normalisation) from mach
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,7 +16,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from sparsevlm.models.checkpoint import read_json
 from sparsevlm.models.media import is_video, open_image, sample_frames
-from sparsevlm.models.prompts import PROMPTS, VICUNA_SYSTEM, as_conversation, render_hub, render_vicuna_v1
+from sparsevlm.models.pixels import clip_pixels
+from sparsevlm.models.prompts import CONVERSATIONS, PROMPTS, as_conversation, render_conversation, render_hub
 
 IMAGE_ASPECT_RATIOS = ("crop", "pad")
 #: Frames of a video, as Video-LLaVA was trained.
@@ -56,9 +58,11 @@ class Processor:
     Attributes:
         tokenizer: the checkpoint's tokenizer; pads on the left.
         image_processor: the checkpoint's, in its Pillow form.
-        prompt: "hub" (the checkpoint's chat template) or "vicuna_v1" (the conversation of the papers' evaluations).
+        prompt: "hub" (the checkpoint's chat template), or the conversation of the authors' evaluations: "vicuna_v1"
+            (LLaVA-1.5, SparseVLM) or "llava_v1" (Video-LLaVA). In the latter two the text before and after a picture is
+            tokenized by itself, as the authors do (llava/mm_utils.py:tokenizer_image_token).
         image_aspect_ratio: "crop" (the middle square, as on the hub) or "pad" (padded to a square with the mean colour
-            first, as LLaVA-1.5 was trained and evaluated).
+            first, as LLaVA-1.5 was trained and evaluated). Of pictures; videos see :func:`clip_pixels`.
         image_token_id: id of the image placeholder.
         video_token_id: id of the video placeholder, None for models without video.
     """
@@ -79,6 +83,7 @@ class Processor:
         self.chat_template = chat_template or tokenizer.chat_template
         self.image_token_id = config.image_token_id
         self.video_token_id = config.video_token_id if config.model_type == "video_llava" else None
+        self._size = config.vision_config.image_size
         # The number of placeholders comes from the model, which will count them: processor settings are often missing.
         self._placeholders = {"<image>": n_visual_tokens(config, "image")}
         if self.video_token_id is not None:
@@ -124,11 +129,15 @@ class Processor:
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad_token; add one to tokenizer_config.json")
         if self.prompt == "hub" and not self.chat_template:
-            raise ValueError("the checkpoint has no chat template; use prompt='vicuna_v1' or add chat_template.jinja")
-        if self.prompt == "vicuna_v1":
-            ids = tokenizer(VICUNA_SYSTEM, add_special_tokens=False)["input_ids"]
-            if tokenizer.decode(ids, skip_special_tokens=True).split() != VICUNA_SYSTEM.split():
-                raise ValueError("this checkpoint's vocabulary cannot spell the prompt 'vicuna_v1'; use prompt='hub'")
+            raise ValueError(
+                f"the checkpoint has no chat template; use prompt={self._conversation!r} or add chat_template.jinja"
+            )
+        if system := CONVERSATIONS.get(self.prompt):
+            ids = tokenizer(system, add_special_tokens=False)["input_ids"]
+            if tokenizer.decode(ids, skip_special_tokens=True).split() != system.split():
+                raise ValueError(
+                    f"this checkpoint's vocabulary cannot spell the prompt {self.prompt!r}; use prompt='hub'"
+                )
         made = list(self._pixels([Image.new("RGB", (8, 8))]).shape[-2:])
         if made != [size, size]:
             raise ValueError(
@@ -145,7 +154,8 @@ class Processor:
                 the text says itself where they belong (``<image>``, ``<video>``).
             images: the question's picture or list of pictures (PIL, file, or array [H, W, 3] uint8); for a list of
                 questions a list of these, None where a question has none.
-            videos: likewise; a video is a file, an array [T, H, W, 3] uint8 or a list of frames, of which 8 are taken.
+            videos: likewise; a video is a file, an array [T, H, W, 3] uint8 or a list of frames, of which 8 are taken
+                (some several times, if it has fewer).
 
         Returns:
             `input_ids`, `attention_mask` [B, L] int64, padded on the left; with images, `pixel_values`
@@ -162,19 +172,7 @@ class Processor:
         images = self._per_question(images, "images", len(questions), single)
         videos = self._per_question(videos, "videos", len(questions), single)
         prompts = [self.render(*q) for q in zip(questions, map(len, images), map(len, videos), strict=True)]
-        for token, count in self._placeholders.items():
-            prompts = [p.replace(token, token * count) for p in prompts]
-        bos = self.tokenizer.bos_token
-        data = dict(
-            self.tokenizer(
-                prompts,
-                padding=True,
-                padding_side="left",
-                add_special_tokens=not (bos and prompts[0].startswith(bos)),  # a template may write it itself
-                return_token_type_ids=False,
-                return_tensors="pt",
-            )
-        )
+        data = self._left_padded([self._ids(p) for p in prompts])
         pictures = [
             open_image(image, f"image {i} of question {q}")
             for q, listed in enumerate(images)
@@ -183,7 +181,7 @@ class Processor:
         if pictures:
             data["pixel_values"] = self._pixels(pictures)
         clips = [
-            self._pixels(sample_frames(video, VIDEO_FRAMES, f"video {i} of question {q}"))
+            self._clip_pixels(sample_frames(video, VIDEO_FRAMES, f"video {i} of question {q}"))
             for q, listed in enumerate(videos)
             for i, video in enumerate(listed)
         ]
@@ -209,14 +207,14 @@ class Processor:
                 start = messages[0]["content"][:100]
                 raise ValueError(f"a question has {placed} {token} but {count} {kind}s; it begins {start!r}")
             media += [kind] * (0 if placed else count)
-        if self.prompt == "vicuna_v1":
-            return render_vicuna_v1(messages, media)
+        if self.prompt in CONVERSATIONS:
+            return render_conversation(self.prompt, messages, media)
         prompt = render_hub(messages, media, self.tokenizer, self.chat_template)
         for kind, count in wanted.items():
             if count and prompt.count(f"<{kind}>") != count:
                 raise ValueError(
                     f"the checkpoint's chat template places {prompt.count(f'<{kind}>')} <{kind}> for {count} {kind}s; "
-                    "use prompt='vicuna_v1'"
+                    f"use prompt={self._conversation!r}"
                 )
         return prompt
 
@@ -228,9 +226,48 @@ class Processor:
         """Text of each sequence of ids."""
         return self.tokenizer.batch_decode(ids, skip_special_tokens=skip_special_tokens, **options)
 
+    @property
+    def _conversation(self) -> str:
+        """What the authors of this kind of model evaluate with."""
+        return "vicuna_v1" if self.video_token_id is None else "llava_v1"
+
+    def _ids(self, prompt: str) -> list[int]:
+        """Token ids of a rendered prompt, each placeholder multiplied.
+
+        The text between placeholders is tokenized piece by piece in the authors' conversations (so a piece starts as a
+        text of its own: "▁" before the line break that follows a picture), and at once in the checkpoint's template,
+        whose tokenizer decides.
+        """
+        encode = self.tokenizer
+        bos = encode.bos_token
+        start = not (bos and prompt.startswith(bos))  # a template may write it itself
+        if self.prompt not in CONVERSATIONS:
+            for token, count in self._placeholders.items():
+                prompt = prompt.replace(token, token * count)
+            return encode(prompt, add_special_tokens=start)["input_ids"]
+        ids: list[int] = []
+        for piece in re.split(f"({'|'.join(self._placeholders)})", prompt):
+            if piece in self._placeholders:
+                ids += [encode.convert_tokens_to_ids(piece)] * self._placeholders[piece]
+            else:
+                ids += encode(piece, add_special_tokens=start and not ids)["input_ids"]
+        return ids
+
+    def _left_padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` [B, L]."""
+        width = max(map(len, rows))
+        missing = [width - len(row) for row in rows]
+        padded = [[self.tokenizer.pad_token_id] * n + row for n, row in zip(missing, rows, strict=True)]
+        mask = [[0] * n + [1] * (width - n) for n in missing]
+        return {"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)}
+
     def _pixels(self, pictures: list[Image.Image]) -> torch.Tensor:
         """[N, 3, H, W] float32."""
         return self.image_processor(pictures, return_tensors="pt")["pixel_values"].float()
+
+    def _clip_pixels(self, frames: list[Image.Image]) -> torch.Tensor:
+        """[T, 3, H, W] float32."""
+        return clip_pixels(frames, self._size, self.image_processor.image_mean, self.image_processor.image_std)
 
     @staticmethod
     def _per_question(media, what: str, n: int, single: bool) -> list[list]:

@@ -1,14 +1,15 @@
-"""How a question becomes a prompt: the checkpoint's chat template, or the conversation the authors evaluate with."""
+"""How a question becomes a prompt: the checkpoint's chat template, or a conversation the authors evaluate with."""
 
 from __future__ import annotations
 
-PROMPTS = ("hub", "vicuna_v1")
-
-#: LLaVA's `vicuna_v1` conversation (llava/conversation.py) opens with this sentence; an answer ends with `</s>`.
-VICUNA_SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+_SYSTEM = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
 )
+#: The authors' conversations (llava/conversation.py) and the sentence that each opens with; they differ in one word.
+#: All evaluation scripts of LLaVA-1.5 and SparseVLM take `vicuna_v1`, those of Video-LLaVA `llava_v1`.
+CONVERSATIONS = {"vicuna_v1": _SYSTEM.format("user"), "llava_v1": _SYSTEM.format("human")}
+PROMPTS = ("hub", *CONVERSATIONS)
 
 #: A turn: {"role": "user" or "assistant", "content": text}.
 Message = dict[str, str]
@@ -40,9 +41,9 @@ def render_hub(messages: list[Message], media: list[str], tokenizer, template: s
     return tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, tokenize=False)
 
 
-def render_vicuna_v1(messages: list[Message], media: list[str]) -> str:
-    """LLaVA's `vicuna_v1`: system sentence, then ``USER: <image>\\n{question} ASSISTANT:``."""
-    prompt = VICUNA_SYSTEM + " "
+def render_conversation(name: str, messages: list[Message], media: list[str]) -> str:
+    """One of CONVERSATIONS: its sentence, ``USER: <image>\\n{question} ASSISTANT:``; answers end with `</s>`."""
+    prompt = CONVERSATIONS[name] + " "
     placeholders = "".join(f"<{kind}>\n" for kind in media)
     for i, message in enumerate(messages):
         content = placeholders + message["content"] if i == 0 else message["content"]

@@ -20,11 +20,9 @@ SEEK_ABOVE = 1500
 
 
 def uniform(count: int, frames: int) -> np.ndarray:
-    """Indices of `frames` evenly spaced frames of `count`, first and last included, as Video-LLaVA takes them; of a
-    shorter video all, the last one repeated."""
-    if count >= frames:
-        return np.linspace(0, count - 1, frames, dtype=int)
-    return np.minimum(np.arange(frames), count - 1)
+    """Indices of `frames` evenly spaced frames of `count`, first and last included; of a shorter video some several
+    times. As Video-LLaVA takes them (processing_video.py:load_and_transform_video)."""
+    return np.linspace(0, count - 1, frames, dtype=int)
 
 
 def read_frames(path: str | Path, frames: int) -> np.ndarray:

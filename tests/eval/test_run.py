@@ -337,4 +337,4 @@ def test_checkpoint_in_the_hubs_layout_from_config_to_score(tiny_llava_folder):
         assert metrics["n"] in (2, 4) and metrics["tokens"]["visual"] == 576
         assert metrics["tokens"]["leaving"] == 192.03125  # the authors' own count of their lists
         lengths.add(metrics["cost"]["text_tokens"])
-    assert len(lengths) == 2  # vicuna_v1 has a system sentence
+    assert len(lengths) == 2  # vicuna_v1 has a sentence before the question

@@ -114,7 +114,7 @@ def test_attention_backend(tiny_llava_folder):
         ({"dtype": "fp16"}, "unknown dtype 'fp16'; known: auto, float32, float16, bfloat16"),
         ({"device": "gpu"}, "unknown device 'gpu'; use 'cpu', 'cuda'"),
         ({"device": "cuda:99"}, "no device 'cuda:99': torch sees"),
-        ({"prompt": "vicuna"}, "unknown prompt 'vicuna'; known: hub, vicuna_v1"),
+        ({"prompt": "vicuna"}, "unknown prompt 'vicuna'; known: hub, vicuna_v1, llava_v1"),
         ({"image_aspect_ratio": "square"}, "unknown image_aspect_ratio 'square'; known: crop, pad"),
     ],
 )

@@ -79,8 +79,9 @@ def test_the_caption_has_the_command_that_fills_the_table(edition):
             config = compose("config", [f"method={method}", *(f"{k}={v}" for k, v in given.items())])
     assert methods == ["none", *edition.methods] and config["model"]["name"] == edition.model
     assert config["limit"] == edition.limit
-    if edition.model == "llava_1_5_7b":
-        assert config["model"]["prompt"] == "vicuna_v1" and config["model"]["image_aspect_ratio"] == "pad"
+    picture = edition.model == "llava_1_5_7b"
+    assert config["model"]["prompt"] == ("vicuna_v1" if picture else "llava_v1")
+    assert config["model"]["image_aspect_ratio"] == ("pad" if picture else "crop")
 
 
 def test_a_run_fills_its_cell_and_no_other(tmp_path):
@@ -133,7 +134,8 @@ def test_a_longer_run_counts_before_a_shorter_one(tmp_path):
 
 
 def test_the_video_table_counts_the_papers_first_thousand(tmp_path):
-    video = {"name": "video_llava_7b", "pretrained": "video-llava-7b", "image_aspect_ratio": "crop"}
+    video = {"name": "video_llava_7b", "pretrained": "video-llava-7b", "prompt": "llava_v1",
+             "image_aspect_ratio": "crop"}  # fmt: skip
     scores = {"gpt_accuracy": 0.7, "gpt_score": 3.456}
     folders.benchmark_run(tmp_path, "msvd", scores, model=video, limit=1000, n=1000)
     assert rows(VIDEO, tmp_path)["none", "full"]["MSVD accuracy"] == ["70.0"]

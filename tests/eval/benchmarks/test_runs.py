@@ -245,7 +245,7 @@ def test_the_papers_experiments_are_possible_runs(checkpoints, monkeypatch, expe
     assert main([f"experiment={experiment}", f"model.pretrained={checkpoints[model]}"]) == 0
     assert len({r.run_id() for r in seen}) == runs and len({r.task for r in seen}) == tasks
     assert {(r.model.name, r.model.prompt, r.model.dtype, r.n_visual) for r in seen} == {
-        (model, "vicuna_v1", "float16", visual)
+        (model, {576: "vicuna_v1", 2056: "llava_v1"}[visual], "float16", visual)
     }
 
 
