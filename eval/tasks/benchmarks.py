@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from eval.tasks import scores
 from eval.tasks.base import EXACT_MATCH, Task, TaskSettings
+from eval.tasks.questions import LETTER, SHORT
 
-_SHORT = "\nAnswer the question using a single word or phrase."
-_LETTER = "\nAnswer with the option's letter from the given choices directly."
+_SHORT, _LETTER = f"\n{SHORT}", f"\n{LETTER}"
 _JUDGE = {"judge": None, "judge_url": None, "judge_timeout": None}
 _JUDGED = {"gpt_accuracy": "fraction", "gpt_score": "points", EXACT_MATCH: "fraction"}
 MVBENCH = (
@@ -219,7 +219,7 @@ BENCHMARKS = (
         metrics={"gpt_eval_score": "fraction", EXACT_MATCH: "fraction"},
         ours=("gpt_eval_score", EXACT_MATCH),
         options=_JUDGE,
-        overrides=_judged("mmvet", **_post_prompt(""), generation_kwargs={"max_new_tokens": 1024, "do_sample": False}),
+        overrides=_judged("mmvet", **_post_prompt("")),
         judge="mmvet",
         note="the bare question as prompt; lmms-eval asks for reasoning first, and scores 0 where its judge fails",
     ),
@@ -234,10 +234,10 @@ BENCHMARKS = (
         metrics=_JUDGED,
         ours=tuple(_JUDGED),
         options=_JUDGE,
-        overrides=_judged("video_qa", **_post_prompt("")),
+        overrides=_judged("video_qa"),
         judge="video_qa",
         video=True,
-        note="the bare question as prompt, as the authors ask; lmms-eval asks for a single word or phrase",
+        note="the bare question as in the data (lower case, no question mark), as the authors ask",
     ),
     Task(
         name="videomme",

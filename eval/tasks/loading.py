@@ -26,6 +26,7 @@ from eval.processes import alone
 from eval.tasks.base import Task, TaskSettings
 from eval.tasks.folders import FOLDER, cache_dir, hf_home
 from eval.tasks.generated import Generated
+from eval.tasks.questions import as_the_authors
 from eval.tasks.video_qa import data as video_qa
 
 MODEL_NAME = "sparsevlm"  # of our prompts in lmms-eval's task files: there are none, so the default ones are taken
@@ -174,7 +175,7 @@ def _entry(manager: TaskManager, task: Task, settings: TaskSettings, name: str, 
     kwargs = copy.deepcopy(config.get("dataset_kwargs") or {})
     if not _logged_in():
         kwargs.pop("token", None)  # with `token: True` even public data are refused without a login
-    overrides = {"dataset_kwargs": kwargs, **task.overrides(settings)}
+    overrides = {"dataset_kwargs": kwargs, **as_the_authors(task.folder), **task.overrides(settings)}
     if task.folder == "own:video_qa":
         folder = settings.options["data"]
         folder = Path(folder).expanduser() if folder else video_qa.default_folder(task.name)

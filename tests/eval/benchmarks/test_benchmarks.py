@@ -108,7 +108,7 @@ PROMPTS = {  # as LLaVA's and Video-LLaVA's evaluation files put the first quest
     "tgif": "what is moving?",
     "msvd": "what is moving?",
     "msrvtt": "what is moving?",
-    "activitynet": "Is the person running?",
+    "activitynet": "is the person running",
     "nextqa": "why did the man run\nA. late\nB. fun\nC. sport\nD. fear\nE. bus" + LETTER,
 }
 
