@@ -11,7 +11,6 @@ on several processes, therefore computes the very batches that an undisturbed on
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 import zlib
@@ -29,7 +28,6 @@ from eval.tasks.visuals import visuals
 from sparsevlm.methods.base import Method
 from sparsevlm.models import Processor
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # openpyxl refuses them when mmbench writes its sheet
 _KNOWN_BY_GENERATE = set(GenerationConfig().to_dict())
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
@@ -115,10 +113,10 @@ def generation_arguments(gen_kwargs: dict, max_new_tokens: int) -> tuple[dict, l
 
 
 def clean(text: str, until: Sequence[str]) -> str:
-    """Cut an answer at the first stop string and strip control characters and surrounding white space."""
+    """Cut an answer at the first stop string, and strip the white space around it; nothing else is changed."""
     for stop in until:
         text = text.split(stop)[0]
-    return _CONTROL.sub("", text).strip()
+    return text.strip()
 
 
 def plan_batches(requests: Sequence[Instance], size: int) -> list[list[Instance]]:

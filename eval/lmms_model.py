@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from eval.asking import Asker, GenerationError, Lane, plan_batches
 from eval.features import FeatureStore
-from eval.ledger import Ledger
+from eval.ledger import Answer, Ledger
 from eval.processes import placed
 from sparsevlm.methods.base import Method
 from sparsevlm.models import Processor
 
 __all__ = ["GenerationError", "SparseVLMAdapter"]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 class SparseVLMAdapter(lmms):
@@ -141,7 +143,12 @@ class SparseVLMAdapter(lmms):
         if lane.error is not None:
             raise lane.error
         ordered = [lane.answers[r.args[4], r.args[3]] for r in requests]
-        return [GenerationResult(a.text, TokenCounts(a.input_tokens, a.output_tokens)) for a in ordered]
+        return [GenerationResult(self._text(a), TokenCounts(a.input_tokens, a.output_tokens)) for a in ordered]
+
+    def _text(self, answer: Answer) -> str:
+        """An answer; without control characters under lmms-eval's own command line, whose spreadsheet for MMBench
+        refuses them and would lose the run."""
+        return answer.text if self.lane.ledger is not None else _CONTROL.sub("", answer.text)
 
     def _bar(self, total: int, done: int) -> tuple[Callable[[int], None], Callable[[], None]]:
         if self._progress is not None:

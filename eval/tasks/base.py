@@ -47,6 +47,8 @@ class Task:
         ours: those of the metrics that this project computes, because lmms-eval has no such aggregate or counts wrong.
         options: further keys of the YAML -> the values they may have (None: free).
         overrides: settings -> keys of lmms-eval's task configuration to replace.
+        until: strings at which an answer ends. None of the benchmarks' authors cuts answers; what lmms-eval puts in
+            where a task names none (a blank line) cuts MM-Vet's and the videos' answers short.
         score: makes the samples' scores plain numbers, in place, and returns the metrics that are ours.
         group: what makes questions belong together, from columns of the data: a limit never cuts a group.
         columns: that `group` reads.
@@ -65,6 +67,7 @@ class Task:
     ours: tuple[str, ...] = ()
     options: Mapping[str, tuple | None] = field(default_factory=dict)
     overrides: Callable[[TaskSettings], dict] = lambda settings: {}
+    until: tuple[str, ...] = ()
     score: Callable[[Sequence[dict]], dict[str, float]] = lambda samples: {}
     group: Callable[..., Hashable] | None = None
     columns: tuple[str, ...] = ()

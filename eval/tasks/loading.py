@@ -176,6 +176,8 @@ def _entry(manager: TaskManager, task: Task, settings: TaskSettings, name: str, 
     if not _logged_in():
         kwargs.pop("token", None)  # with `token: True` even public data are refused without a login
     overrides = {"dataset_kwargs": kwargs, **as_the_authors(task.folder), **task.overrides(settings)}
+    generation = overrides.get("generation_kwargs") or config.get("generation_kwargs") or {}
+    overrides["generation_kwargs"] = {**generation, "until": list(task.until)}
     if task.folder == "own:video_qa":
         folder = settings.options["data"]
         folder = Path(folder).expanduser() if folder else video_qa.default_folder(task.name)

@@ -57,8 +57,15 @@ class TestGenerationArguments:
 
 
 def test_clean():
-    assert clean(" yes\x00\x07.\nUSER: more", ["USER", "more"]) == "yes."
-    assert clean("a\tb\x0bc", []) == "a\tbc"
+    assert clean(" yes.\nUSER: more", ["USER", "more"]) == "yes."
+    assert clean(" a\tb\x07c\n\nd\n", []) == "a\tb\x07c\n\nd"
+
+
+def test_lmms_evals_own_spreadsheets_get_no_control_characters(adapter, documents, monkeypatch):
+    monkeypatch.setattr("eval.asking.clean", lambda text, until: "a\tb\x07c\x0bd")
+    made = adapter()
+    (result,) = made.generate_until(make_requests(documents[:1]))
+    assert result.text == "a\tbcd" and made.lane.answers["minivqa", 0].text == "a\tb\x07c\x0bd"
 
 
 @pytest.mark.parametrize(
