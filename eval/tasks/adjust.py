@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from eval.tasks import readings
 from eval.tasks.folders import datasets_cache
 
 _MMBENCH_LETTERS = "ABCD"
@@ -46,8 +47,43 @@ class GqaPictures:
 
 
 def only_images(dataset):
-    """SEED-Bench's questions about pictures; those about videos bring several frames as pictures."""
+    """SEED-Bench's questions about pictures."""
     return dataset.select([i for i, kind in enumerate(dataset["data_type"]) if kind == "image"])
+
+
+def seedbench_picture(doc: dict) -> list:
+    """The picture; of a video the middle one of the frames that the data hold. (LLaVA took the middle frame of the
+    video itself, `extract_video_frames.py`; lmms-eval shows all frames, as so many pictures.)"""
+    return [doc["image"][len(doc["image"]) // 2].convert("RGB")]
+
+
+def gqa_results(doc: dict, results: list[str]) -> dict:
+    return {"exact_match": float(readings.gqa(results[0]) == doc["answer"])}
+
+
+def mme_results(doc: dict, results: list[str]) -> dict:
+    return {"correct": float(readings.mme(results[0]) == doc["answer"].lower())}
+
+
+def pope_results(doc: dict, results: list[str]) -> dict:
+    return {"correct": float(readings.pope(results[0]) == doc["answer"].lower().strip())}
+
+
+def scienceqa_results(doc: dict, results: list[str]) -> dict:
+    letter = readings.scienceqa(results[0])
+    return {"exact_match": float(letter == "ABCDE"[doc["answer"]])}
+
+
+def seedbench_results(doc: dict, results: list[str]) -> dict:
+    """1 if the answer is the letter and nothing else (convert_seed_for_submission.py)."""
+    score = float(results[0] == doc["answer"])
+    return {"seed_all": score, f"seed_{doc['data_type']}": score}
+
+
+def vqa_results(doc: dict, results: list[str]) -> dict:
+    """For TextVQA, VQAv2 and VizWiz."""
+    answers = [a["answer"] if isinstance(a, dict) else a for a in doc["answers"]]
+    return {"exact_match": readings.vqa_accuracy(results[0], answers)}
 
 
 def conbench_results(doc: dict, results: list[str]) -> dict:

@@ -74,7 +74,7 @@ class Task:
     interleave: bool = False
     judge: str | None = None
     video: bool = False
-    version: int = 1
+    version: int = 2  # 1 cut answers at blank lines and read them by lmms-eval's rules
     note: str = ""
 
     @property
@@ -114,6 +114,9 @@ class Task:
                 f"another endpoint than OpenAI's), or task.judge={EXACT_MATCH} for a score without one, which compares "
                 "with nothing published"
             )
+        runs = options.get("judge_runs", 1)
+        if not isinstance(runs, int) or isinstance(runs, bool) or runs < 1:
+            raise UserError(f"task.judge_runs={runs} must be an integer of 1 or more")
         if "@" in str(options.get("judge_url")):
             raise UserError(
                 "task.judge_url holds a password, and would be written into the results; use OPENAI_API_KEY"

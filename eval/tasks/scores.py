@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
+from eval.tasks import readings
+
 POPE_SPLITS = ("adversarial", "popular", "random")
 
 
@@ -29,7 +31,8 @@ def keep(samples: Iterable[dict], results: Sequence[str], number: Callable[[dict
 
 
 def mme(samples: Sequence[dict]) -> dict[str, float]:
-    """Total: perception + cognition, each the sum over categories of accuracy and accuracy of whole pairs, in percent.
+    """Total: perception + cognition, each the sum over categories of accuracy and accuracy of whole pairs, in percent;
+    and each category's points.
 
     A category without questions (under a limit) adds nothing; the full set has 10 + 4. A pair of which one question was
     excluded counts in neither accuracy.
@@ -37,59 +40,52 @@ def mme(samples: Sequence[dict]) -> dict[str, float]:
     from lmms_eval.tasks.mme.utils import eval_type_dict
 
     names = ("mme_perception_score", "mme_cognition_score")
-    keep(samples, names, lambda s, r: {"correct": float(r["score"])})
     pairs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for s in samples:
         pairs[s["doc"]["category"]][s["doc"]["question_id"]].append(s["correct"])
-    sums = dict.fromkeys(names, 0.0)
-    for category, found in pairs.items():
+    sums, each = dict.fromkeys(names, 0.0), {}
+    for category, found in sorted(pairs.items()):
         if whole := [pair for pair in found.values() if len(pair) == 2]:
             kind = names[0] if category in eval_type_dict["Perception"] else names[1]
-            sums[kind] += 100 * fmean(fmean(pair) for pair in whole) + 100 * fmean(all(pair) for pair in whole)
-    return {"mme_total": sum(sums.values()), **sums, "correct": fmean(s["correct"] for s in samples)}
+            points = 100 * fmean(fmean(pair) for pair in whole) + 100 * fmean(all(pair) for pair in whole)
+            sums[kind] += points
+            each[f"mme_{category}"] = points
+    return {"mme_total": sum(sums.values()), **sums, **each, "correct": fmean(s["correct"] for s in samples)}
 
 
-def yes_or_no(text: str) -> str:
-    """What an answer to POPE says, by the rule of LLaVA's eval_pope.py, except that an answer with neither word is
-    "unclear" instead of yes."""
-    words = re.split(r"[\s,]+", text.split(".")[0].strip())
-    if any(w in ("No", "no", "not") for w in words):
-        return "no"
-    return "yes" if any(w.strip("!;:'\"").lower() == "yes" for w in words) else "unclear"
-
-
-def f1(pairs: Sequence[tuple[str, str]]) -> float:
-    """F1 of "yes" over (said, true); an unclear answer counts as the wrong one. 0 without a true positive."""
-    said = [("no" if true == "yes" else "yes") if s == "unclear" else s for s, true in pairs]
-    hits = sum(s == true == "yes" for s, (_, true) in zip(said, pairs, strict=True))
-    return 2 * hits / (said.count("yes") + sum(true == "yes" for _, true in pairs)) if hits else 0.0
+def yes_no_metrics(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Accuracy, precision, recall, F1 and share of "yes", in percent, of (said, true), as in LLaVA's eval_pope.py; what
+    is divided by 0 there is 0 here."""
+    hits = sum(said == true == "yes" for said, true in pairs)
+    said_yes, true_yes = (sum(pair[i] == "yes" for pair in pairs) for i in (0, 1))
+    found = {
+        "accuracy": sum(said == true for said, true in pairs) / len(pairs),
+        "precision": hits / said_yes if said_yes else 0.0,
+        "recall": hits / true_yes if true_yes else 0.0,
+        "f1": 2 * hits / (said_yes + true_yes) if hits else 0.0,
+        "yes_ratio": said_yes / len(pairs),
+    }
+    return {name: 100 * value for name, value in found.items()}
 
 
 def pope(samples: Sequence[dict]) -> dict[str, float]:
-    """Mean of the F1 of the three splits, in percent, and each split's.
-
-    lmms-eval compares the whole answer with "yes" and "no", leaves an answer that is neither out of the recall, and
-    has no mean over splits.
+    """Mean of the F1 of the three splits, each split's metrics, all in percent, and how many answers have no clear
+    word in them. Those count as "yes", as everything does that is no clear "no".
 
     Raises:
         ValueError: a split that is not POPE's.
     """
-    names = ("pope_f1_score", "pope_accuracy", "pope_precision", "pope_recall", "pope_yes_ratio")
     by_split = defaultdict(list)
-    said = {id(s): yes_or_no(answer(s)) for s in samples}
-    keep(samples, names, lambda s, r: {"correct": float(said[id(s)] == r["ground_truth"])})
     for s in samples:
-        by_split[s["doc"]["category"]].append((said[id(s)], s["doc"]["answer"].lower().strip()))
+        by_split[s["doc"]["category"]].append((readings.pope(answer(s)), s["doc"]["answer"].lower().strip()))
     if odd := set(by_split) - set(POPE_SPLITS):
         raise ValueError(f"POPE has the splits {', '.join(POPE_SPLITS)}; the data names {', '.join(sorted(odd))}")
-    each = {f"pope_f1_{split}": 100 * f1(pairs) for split, pairs in sorted(by_split.items())}
-    unclear = sum(v == "unclear" for v in said.values())
+    each = {split: yes_no_metrics(pairs) for split, pairs in sorted(by_split.items())}
     return {
-        "pope_f1_mean": fmean(each.values()),
-        **each,
+        "pope_f1_mean": fmean(found["f1"] for found in each.values()),
+        **{f"pope_{name}_{split}": value for split, found in each.items() for name, value in found.items()},
         "correct": fmean(s["correct"] for s in samples),
-        "yes_ratio": sum(v == "yes" for v in said.values()) / len(samples),
-        "unclear_answers": float(unclear),
+        "unclear_answers": float(sum(not readings.is_clear(answer(s)) for s in samples)),
     }
 
 
@@ -132,12 +128,16 @@ def conbench(samples: Sequence[dict]) -> dict[str, float]:
 
 
 def seedbench(samples: Sequence[dict]) -> dict[str, float]:
-    """Accuracy over the questions about pictures, by the first character of an answer, as lmms-eval reads it."""
-    for s in samples:
-        s.pop("seed_all", None)
-        result = s.pop("seed_image")
-        s["seed_image"] = float(result["pred"].lower().strip() == result["answer"].lower().strip())
-    return {"seed_image": fmean(s["seed_image"] for s in samples)}
+    """Accuracy over all questions, and over those about pictures and about videos."""
+    names = ("seed_all", "seed_image", "seed_video")
+    found = {name: [s[name] for s in samples if name in s] for name in names}
+    return {name: fmean(values) for name, values in found.items() if values}
+
+
+def judge_runs(samples: Sequence[dict]) -> dict[str, float]:
+    """What each of several runs of the judge gave: means over questions of `<score>_run<i>`."""
+    runs = sorted({name for s in samples for name in s if re.fullmatch(r".*_run\d+", name)})
+    return {name: fmean(s[name] for s in samples) for name in runs}
 
 
 def videomme(samples: Sequence[dict]) -> dict[str, float]:

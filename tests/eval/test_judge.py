@@ -7,7 +7,8 @@ import pytest
 
 from eval import judge as module
 from eval.errors import UserError
-from eval.judge import Judge, JudgeError, exact_match, mmvet, read_mmvet, read_video_qa, video_qa
+from eval.judge import Judge, JudgeError, exact_match, scorer
+from eval.judgements import read_llava_bench, read_mmvet, read_video_qa
 from tests.eval.benchmarks.judge_server import VERSION, endpoint, verdict
 
 
@@ -20,7 +21,11 @@ def served(monkeypatch):
 
 
 def ask(judge: Judge, prediction: str = "dot") -> dict:
-    return video_qa(judge, "what moves?", "dot", prediction)
+    return scorer("video_qa", judge)({"question": "what moves?", "answer": "dot"}, [prediction])
+
+
+def mmvet(judge: Judge, prediction: str, runs: int = 1) -> dict:
+    return scorer("mmvet", judge, runs)({"question": "x?", "answer": "-1<AND>-5"}, [prediction])
 
 
 class TestScores:
@@ -30,7 +35,8 @@ class TestScores:
         assert ask(judge, "cat")["gpt_accuracy"] == 0.0 == ask(judge, "")["gpt_score"]
         assert judge.versions == {VERSION}
         asked = served.requests[0]
-        assert asked["model"] == "m" and asked["temperature"] == 0 and asked["path"] == "/v1/chat/completions"
+        assert asked["model"] == "m" and asked["path"] == "/v1/chat/completions"
+        assert "temperature" not in asked and "max_tokens" not in asked  # Video-LLaVA's script gives neither
         assert asked["key"] == "Bearer secret"
 
     def test_the_prompt_is_lmms_evals_own(self, served, monkeypatch):
@@ -52,9 +58,36 @@ class TestScores:
 
     def test_mmvet(self, served):
         judge = Judge("m", served.url)
-        assert mmvet(judge, "x?", "-1<AND>-5", "-1 and -5")["gpt_eval_score"] == 1
-        assert mmvet(judge, "x?", "-1<AND>-5", "-1")["gpt_eval_score"] == 0
-        assert "-1 <AND> -5 | -1 |" in served.requests[-1]["messages"][0]["content"]
+        assert mmvet(judge, "-1 and -5")["gpt_eval_score"] == 1
+        assert mmvet(judge, "-1")["gpt_eval_score"] == 0
+        assert served.requests[-1]["messages"][0]["content"].endswith("\nx? | -1 <AND> -5 | -1 | ")
+
+    def test_several_runs_each_ask_anew(self, served):
+        served.reply = lambda messages: f"0.{len(served.requests)}"
+        judge = Judge("m", served.url)
+        found = mmvet(judge, "-1", runs=3)
+        assert [found[f"gpt_eval_score_run{i}"] for i in (1, 2, 3)] == [0.1, 0.2, 0.3]
+        assert found["gpt_eval_score"] == pytest.approx(0.2) and found["judge_replies"] == ["0.1", "0.2", "0.3"]
+        assert mmvet(judge, "-1", runs=3) == found and len(served.requests) == 3
+
+    def test_llava_bench(self, served):
+        """Against LLaVA's eval_gpt_review_bench.py: captions, question, GPT-4's answer, the model's, and the rule."""
+        served.reply = lambda messages: "8 6\nThe first is better."
+        doc = {"question": "What?", "gpt_answer": "A dog.", "caption": ["One.", "Two."], "category": "conv"}
+        found = scorer("llava_bench", Judge("m", served.url))(doc, ["A cat."])
+        assert (found["gpt4_rating"], found["rating"]) == (8, 6)
+        (asked,) = served.requests
+        system, user = (message["content"] for message in asked["messages"])
+        assert system == "You are a helpful and precise assistant for checking the quality of the answer."
+        assert user.startswith(
+            "[Context]\nOne.\nTwo.\n\n[Question]\nWhat?\n\n[Assistant 1]\nA dog.\n\n[End of Assistant 1]\n\n"
+            "[Assistant 2]\nA cat.\n\n[End of Assistant 2]\n\n[System]\nWe would like to request your feedback"
+        )
+        assert user.endswith("does not affect your judgment.\n\n")
+        assert (asked["temperature"], asked["max_tokens"]) == (0.2, 1024)
+        for reply in ("8", "8 good", "good", "11 2", ""):
+            with pytest.raises(ValueError):
+                read_llava_bench(reply)
 
     @pytest.mark.parametrize(
         ("reply", "expected"),
@@ -62,6 +95,7 @@ class TestScores:
             ("{'pred': 'yes', 'score': 4.8}", (1.0, 4.0)),
             ("Sure!\n```python\n{'pred': 'No', 'score': 0}\n```", (0.0, 0.0)),
             ('{"pred": "yes", "score": "5"}', (1.0, 5.0)),
+            ("{'pred': 'Yes, they match', 'score': 4}", (1.0, 4.0)),
         ],
     )
     def test_readable_replies(self, reply, expected):
@@ -76,7 +110,7 @@ class TestScores:
 
     def test_mmvet_replies(self):
         assert read_mmvet("0.5 because") == {"gpt_eval_score": 0.5}
-        for reply in ("", "good", "7"):
+        for reply in ("", "good", "7", "0."):
             with pytest.raises(ValueError):
                 read_mmvet(reply)
 
@@ -116,12 +150,21 @@ class TestFailures:
     def test_an_unreadable_reply_is_asked_for_again_and_then_ends_the_run(self, served):
         served.reply = lambda messages: "Well..." if len(served.requests) < 3 else verdict(messages)
         assert ask(Judge("m", served.url))["gpt_accuracy"] == 1
-        assert [r["temperature"] for r in served.requests] == [0, 0.5, 1]
+        assert len(served.requests) == 3 and served.requests[0]["messages"] == served.requests[2]["messages"]
         served.reply = lambda messages: "Well..."
         with pytest.raises(
             JudgeError, match="replied 'Well...', which is no score, about 'what moves.', answered with 'cat'"
         ):
             ask(Judge("m", served.url), "cat")
+
+    def test_mmvet_asks_again_as_its_authors_do(self, served):
+        served.reply = lambda messages: "Well..."
+        with pytest.raises(JudgeError, match="is no score"):
+            mmvet(Judge("m", served.url), "-1")
+        assert [r["temperature"] for r in served.requests] == [0, 0, 0.5, 1, 1.5]
+        assert {r["max_tokens"] for r in served.requests} == {3}
+        first, *rest = (r["messages"][0]["content"] for r in served.requests)
+        assert set(rest) == {f"{first}\nPredict the correctness of the answer (digit): "}
 
 
 def test_replies_are_kept_and_asked_once(served, tmp_path):

@@ -18,6 +18,8 @@ def config(name: str, judge_url: str = "", **options) -> dict:
     found |= {key: values[0] if values else None for key, values in task.options.items()}
     if task.judge:
         found |= {"judge": "stand-in", "judge_url": judge_url, "judge_timeout": 5}
+    if "judge_runs" in task.options:
+        found["judge_runs"] = 2
     return {**found, **options}
 
 

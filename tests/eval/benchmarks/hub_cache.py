@@ -266,7 +266,7 @@ def _multiple_choice(home: Path) -> None:
         question="What happens?",
         question_id="9",
         question_type_id=10,
-        image=[picture(1), picture(2)],
+        image=[picture(1), picture(2), picture(3)],
         segment=[0],
     )
     rows = [film] + [

@@ -19,8 +19,8 @@ def verdict(messages: list[dict]) -> str:
         right, said = re.search(r"Correct Answer: (.*)\nPredicted Answer: (.*)\n", text).groups()
         same = right.strip().lower() == said.strip().lower()
         return f"Here it is: {{'pred': '{'yes' if same else 'no'}', 'score': {4.8 if same else 0}}}"
-    if "gpt_query_prompt | Ground truth" in text:
-        _, right, said, _ = (part.strip() for part in text.strip().splitlines()[-1].split("|"))
+    if "Question | Ground truth" in text:
+        _, right, said, _ = (part.strip() for part in text.splitlines()[-1].split("|"))
         any_of = [[p.strip() for p in option.split("<AND>")] for option in right.split("<OR>")]
         return "1.0" if any(all(p in said for p in parts) and said for parts in any_of) else "0.0"
     return "yes"

@@ -68,8 +68,14 @@ class TestMarks:
     @pytest.mark.parametrize("say", [falsehood, silence])
     def test_none_for_falsehoods_and_for_silence(self, asked, name, say):
         _, metrics = asked(say).outcomes[name]
+        if (name, say) == ("pope", silence):  # what is no clear "no" counts as "yes", by the authors' rule
+            return self.check_that_silence_is_yes(metrics)
         assert next(iter(metrics.values())) == 0
-        assert all(v == 0 for k, v in metrics.items() if k not in ("yes_ratio", "unclear_answers"))
+        assert all(v == 0 for k, v in metrics.items() if "yes_ratio" not in k)
+
+    def check_that_silence_is_yes(self, metrics):
+        assert metrics["pope_f1_mean"] == pytest.approx(200 / 3) and metrics["pope_yes_ratio_random"] == 100
+        assert metrics["unclear_answers"] == 12
 
     def test_scores_of_samples_are_numbers_of_the_headlines_unit(self, asked, name):
         samples, metrics = asked(sometimes).outcomes[name]
@@ -103,7 +109,7 @@ PROMPTS = {  # as LLaVA's and Video-LLaVA's evaluation files put the first quest
     "vqav2": "What animal is this?" + SHORT,
     "textvqa": "What brand is this?\nReference OCR token: NOKIA, 3310" + SHORT,
     "conbench": "N/Y?",
-    "seedbench": "How many?\nA. one\nB. two\nC. three\nD. four" + LETTER,
+    "seedbench": "What happens?\nA. one\nB. two\nC. three\nD. four" + LETTER,
     "mmvet": "What is x?",
     "tgif": "what is moving?",
     "msvd": "what is moving?",
@@ -228,23 +234,22 @@ class TestTraps:
         samples = [{"doc": {"index": 1}, "gpt_eval_score": row, "submission": {}}]
         assert scores.mmbench(samples) == {"circular_accuracy": 100}
 
-    @pytest.mark.parametrize(
-        ("text", "expected"),
-        [
-            ("yes", "yes"), ("Yes.", "yes"), ("Yes, there is a dog.", "yes"), ("No", "no"), ("no, there is not", "no"),
-            ("There is no dog.", "no"), ("There is not a dog", "no"), ("", "unclear"), ("A dog.", "unclear"),
-        ],
-    )  # fmt: skip
-    def test_what_pope_answers_say(self, text, expected):
-        assert scores.yes_or_no(text) == expected
+    def test_metrics_of_yes_and_no(self):
+        """By hand: 2 true positives, 1 false positive, 1 false negative, 1 true negative."""
+        pairs = [("yes", "yes"), ("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no")]
+        found = {name: value / 100 for name, value in scores.yes_no_metrics(pairs).items()}
+        want = {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 5}
+        assert found == pytest.approx(want)
+        assert set(scores.yes_no_metrics([("no", "yes")]).values()) == {0}
 
-    def test_an_unclear_answer_is_the_wrong_one(self):
-        assert scores.f1([("yes", "yes"), ("unclear", "yes")]) == pytest.approx(2 / 3)
-        assert scores.f1([("yes", "yes"), ("unclear", "no")]) == pytest.approx(2 / 3)
-        assert scores.f1([("no", "yes"), ("no", "no")]) == 0
+    def test_a_video_of_seedbench_is_shown_by_its_middle_frame(self, hub):
+        (task,) = loaded("seedbench").tasks
+        assert task.eval_docs["data_type"][0] == "video"
+        (shown,) = task.doc_to_visual(task.eval_docs[0])
+        assert np.array_equal(np.asarray(shown), np.asarray(hub_cache.picture(2)))  # of 1 to 3
 
     def test_an_excluded_question_takes_its_group_with_it(self):
-        pair = [dict(doc=dict(category="count", question_id=q), mme_perception_score=dict(score=1)) for q in "aab"]
+        pair = [dict(doc=dict(category="count", question_id=q), correct=1.0) for q in "aab"]
         found = scores.mme(pair)
         assert found["mme_total"] == 200 == found["mme_perception_score"]
         forms = [dict(doc=dict(image_id=i), ConScore_D=dict(score=1)) for i in "aaabb"]
