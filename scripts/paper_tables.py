@@ -26,6 +26,7 @@ from scripts.benchmarks import (
     Benchmark,
     left_out,
     limited,
+    other_judge,
     paper_runs,
     value,
 )
@@ -114,18 +115,19 @@ def paper_table(edition: Edition, runs: Sequence[Run]) -> Table:
         row = [cell(method), cell(str(budget))]
         for benchmark in edition.benchmarks:
             found = {kind: numbers.get((method, budget, benchmark.label)) for kind, numbers in kinds.items()}
-            row.append(_triple(found))
-            if found["ours"] is None or not found["ours"].counts:
+            found["ours"] = mine = ours.get((method, budget, benchmark.ours))
+            row += _cells(found, bool(benchmark.apart))
+            if mine is None or not mine.counts:
                 tasks.append(benchmark.task)
         rows.append([*row, *_averages(edition, kinds, method, budget)])
-    names = [b.label for b in edition.benchmarks]
+    names = [name for b in edition.benchmarks for name in ((b.label, b.apart) if b.apart else (b.label,))]
     return Table(
         edition.name,
         edition.title,
         _caption(
             edition, kinds, [b.task for b in edition.benchmarks if b.task in tasks], left_out(runs, edition.model)
         ),
-        ["method", "tokens", *names, "average %", "median %"],
+        ["method", "tokens", *names, *_average_names(edition)],
         rows,
     )
 
@@ -138,8 +140,12 @@ def _ours(edition: Edition, chosen: Mapping[tuple, Run]) -> Numbers:
                 continue
             number, n = value(run, benchmark), run.metrics["n"]
             whole = not limited(run) or n == edition.limit
-            text = f"{number:.{benchmark.digits}f}" + ("" if whole else f" (n={n})")
-            found[method, budget, benchmark.label] = _Number(number, text, (run.folder.name,), counts=whole)
+            remarks = [
+                "" if whole else f" (n={n})",
+                f" (judge: {judge})" if (judge := other_judge(run, benchmark)) else "",
+            ]
+            text = f"{number:.{benchmark.digits}f}" + "".join(remarks)
+            found[method, budget, benchmark.ours] = _Number(number, text, (run.folder.name,), counts=whole)
     return found
 
 
@@ -188,7 +194,8 @@ def _averages(edition: Edition, kinds: Mapping[str, Numbers], method: str, budge
     for kind, numbers in kinds.items():
         ratios, runs = [], []
         for benchmark in accuracies:
-            now, full = (numbers.get((*key, benchmark.label)) for key in ((method, budget), (UNPRUNED, "full")))
+            column = benchmark.ours if kind == "ours" else benchmark.label
+            now, full = (numbers.get((*key, column)) for key in ((method, budget), (UNPRUNED, "full")))
             if now is not None and full is not None and now.counts and full.counts and full.value:
                 ratios.append(100 * now.value / full.value)
                 runs += [*now.runs, *full.runs]
@@ -199,7 +206,25 @@ def _averages(edition: Edition, kinds: Mapping[str, Numbers], method: str, budge
             text = f"{number:.1f}{part}"
             target[kind] = _Number(number, text, tuple(dict.fromkeys(runs)), source) if ratios else None
     printed = kinds["paper"].get((method, budget, "average"))
-    return [_triple({**mean, "paper": printed or mean["paper"]}), _triple(median)]
+    both = [{**mean, "paper": printed or mean["paper"]}, median]
+    return [cell for found in both for cell in _cells(found, _apart(edition))]
+
+
+def _cells(found: Mapping[str, _Number | None], apart: bool) -> list[Cell]:
+    """One cell, or two: what is published, and ours."""
+    if not apart:
+        return [_triple(found)]
+    return [_triple({kind: n for kind, n in found.items() if kind != "ours"}), _triple({"ours": found["ours"]})]
+
+
+def _apart(edition: Edition) -> bool:
+    """Whether ours is a column of its own for any benchmark; then our averages are, too."""
+    return any(b.apart for b in edition.benchmarks)
+
+
+def _average_names(edition: Edition) -> list[str]:
+    names = ["average %", "median %"]
+    return [n for name in names for n in (name, f"{name} (ours)")] if _apart(edition) else names
 
 
 def _caption(edition: Edition, kinds: Iterable[str], tasks: Sequence[str], others: int) -> str:
@@ -215,6 +240,9 @@ def _caption(edition: Edition, kinds: Iterable[str], tasks: Sequence[str], other
         "same ratios, which one benchmark cannot lift. (k of m): over the k benchmarks that there are; (n=...): the "
         "first questions only, in no average."
     )
+    text += "".join(f" {b.ours}: {b.remark}." for b in edition.benchmarks if b.remark)
+    if any(b.judge for b in edition.benchmarks):
+        text += " (judge: ...): not judged by the model that judged the published numbers."
     if edition.limit:
         text += f" The first {edition.limit} questions of each benchmark; averages are of accuracies."
     if others:

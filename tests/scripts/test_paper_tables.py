@@ -28,7 +28,7 @@ SCORES = {
     "mme": ({"mme_total": 1800.4}, "1800"),
     "pope": ({"pope_f1_mean": 85.0}, "85.0"),
     "scienceqa": ({"exact_match": 0.7}, "70.0"),
-    "seedbench": ({"seed_image": 0.66}, "66.0"),
+    "seedbench": ({"seed_all": 0.66}, "66.0"),
     "textvqa": ({"exact_match": 0.58}, "58.0"),
     "mmvet": ({"gpt_eval_score": 0.31}, "31.0"),
 }
@@ -89,13 +89,42 @@ def test_a_run_fills_its_cell_and_no_other(tmp_path):
         folders.benchmark_run(tmp_path, task, metrics, "sparsevlm", 128)
     found = rows(ICML, tmp_path)
     filled = found.pop(("sparsevlm", "128"))
-    shown = {b.task: filled[b.label] for b in ICML.benchmarks}
+    shown = {b.task: filled[b.ours] for b in ICML.benchmarks}
     assert shown == {task: [text] for task, (_, text) in SCORES.items()}
-    assert filled["average %"] == ["not run"]  # no unpruned run
+    assert filled["average % (ours)"] == ["not run"]  # no unpruned run
     assert {text for row in found.values() for cell in row.values() for text in cell} == {"not run"}
     assert rows(V1, tmp_path)["sparsevlm", "128"]["GQA"] == ["60.0"]
     part = paper_table(ICML, read_runs(tmp_path)).rows[list(rows(ICML, tmp_path)).index(("sparsevlm", "128"))][2][0]
     assert part.runs == ("gqa__llava_1_5_7b__sparsevlm__128__7b",)
+
+
+def test_numbers_that_measure_different_things_share_no_cell(tmp_path):
+    """Other questions or another rule: ours is a column of its own, and so are our averages."""
+    for edition in EDITIONS:
+        for benchmark in edition.benchmarks:
+            published = rows(edition, None, ("ours", "paper", "rerun"))["none", "full"]
+            if benchmark.apart:
+                assert "not run" not in published[benchmark.label] and published[benchmark.apart] == ["not run"]
+                assert benchmark.apart in paper_table(edition, []).caption
+            else:
+                assert published[benchmark.label][0] == "not run"
+    apart = {b.task for edition in EDITIONS for b in edition.benchmarks if b.apart}
+    assert apart == {"mmbench", "pope", "vqav2"}
+    folders.benchmark_run(tmp_path, "pope", {"pope_f1_mean": 85.0})
+    found = rows(ICML, tmp_path, ("ours", "paper"))["none", "full"]
+    assert found["POPE"] == ["85.9"] and found["POPE (9,000)"] == ["85.0"]
+
+
+def test_another_judge_is_named_in_the_cell(tmp_path):
+    folder = folders.benchmark_run(tmp_path, "mmvet", {"gpt_eval_score": 0.31})
+    for judge, text in (("gpt-4-0613", "31.0"), ("another", "31.0 (judge: another)")):
+        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics["benchmark"] = {
+            **(metrics.get("benchmark") or {}),
+            "judge": {"model": judge, "url": "u", "versions": []},
+        }
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        assert rows(ICML, tmp_path)["none", "full"]["MM-Vet"] == [text]
 
 
 def test_averages_by_both_rules(tmp_path):
@@ -107,11 +136,12 @@ def test_averages_by_both_rules(tmp_path):
         folders.benchmark_run(tmp_path, task, {k: ratio * v for k, v in metrics.items()}, "fastv", 64)
         ratios.append(100 * ratio)
     found = rows(ICML, tmp_path)["fastv", "64"]
-    assert found["average %"] == [f"{fmean(ratios):.1f}"] and found["median %"] == [f"{median(ratios):.1f}"]
+    assert found["average % (ours)"] == [f"{fmean(ratios):.1f}"]
+    assert found["median % (ours)"] == [f"{median(ratios):.1f}"]
     shutil.rmtree(tmp_path / "runs" / "mmvet__llava_1_5_7b__fastv__64__7b")
     folders.benchmark_run(tmp_path, "mmvet", {"gpt_eval_score": 0.5}, "fastv", 64, limit=3, digest="first")
     found = rows(ICML, tmp_path)["fastv", "64"]
-    assert found["MM-Vet"] == ["50.0 (n=3)"] and found["average %"] == [f"{fmean(ratios[:7]):.1f} (7 of 8)"]
+    assert found["MM-Vet"] == ["50.0 (n=3)"] and found["average % (ours)"] == [f"{fmean(ratios[:7]):.1f} (7 of 8)"]
     command = paper_table(ICML, read_runs(tmp_path)).caption.split("task=")[1]
     assert "gqa" in command  # other rows still lack it
 
@@ -181,7 +211,8 @@ def test_a_run_that_calls_other_weights_7b_is_refused(tmp_path, changes):
 )
 def test_other_settings_than_the_papers_stay_out_and_are_counted(tmp_path, changes, task, metrics):
     folders.benchmark_run(tmp_path, task, metrics, **changes)
-    assert all(cell == ["not run"] for cell in rows(ICML, tmp_path)["none", "full"].values())
+    shown = [text for cell in rows(ICML, tmp_path)["none", "full"].values() for text in cell]
+    assert set(shown) == {"not run"}
     assert "1 runs with another prompt" in paper_table(ICML, read_runs(tmp_path)).caption
 
 
