@@ -29,6 +29,7 @@ from sparsevlm.methods.base import Method
 from sparsevlm.models import Processor
 
 _KNOWN_BY_GENERATE = set(GenerationConfig().to_dict())
+MAX_NEW_TOKENS = 128  # for tasks that do not say
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
@@ -162,7 +163,7 @@ class Asker:
         features: FeatureStore,
         documents: Mapping,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         on_error: str = "stop",
     ) -> None:
         self.model, self.processor, self.features, self.documents = features.model, processor, features, documents

@@ -8,8 +8,9 @@ import sys
 import traceback
 from collections.abc import Iterable
 
-#: Exit statuses: a run failed; something asked for cannot be; all runs are there, but one leaves questions out.
-RUN, USER, EXCLUDED = 1, 2, 3
+#: Exit statuses: a run failed; something asked for cannot be; all runs are there, but one leaves questions out, or
+#: lacks a metric that a language model should have judged.
+RUN, USER, EXCLUDED, NOT_JUDGED = 1, 2, 3, 4
 ON_ERROR = ("stop", "record")  # what to do at a question that cannot be answered
 
 
@@ -40,9 +41,9 @@ def report(error: Exception, what: str = "", shown: bool = True) -> int:
 
 def worst(statuses: Iterable[int]) -> int:
     """The exit status of several jobs: a failed run counts more than a wrong request, that more than excluded
-    questions, and those more than success."""
+    questions, those more than a metric that was not judged, and that more than success."""
     found = set(statuses)
-    return next((s for s in (RUN, USER, EXCLUDED) if s in found), 0)
+    return next((s for s in (RUN, USER, EXCLUDED, NOT_JUDGED) if s in found), 0)
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

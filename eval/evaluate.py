@@ -25,11 +25,14 @@ import torch
 from eval.asking import Asker, GenerationError, Lane, plan_batches
 from eval.errors import UserError, one_line
 from eval.features import FeatureStore
+from eval.judge import JudgeError
+from eval.kept import open_folder
 from eval.ledger import Failure, Ledger
 from eval.processes import Processes, alone
 from eval.results import RunFolder, files
 from eval.settings import ModelSettings, Run
 from eval.tasks import TaskSettings, load
+from eval.tasks.base import EXACT_MATCH, NO_JUDGE
 
 if TYPE_CHECKING:
     from eval.tasks.loading import Loaded
@@ -48,12 +51,14 @@ class Job:
     Attributes:
         error: why it has no results; None = it has.
         excluded: questions that were recorded as failed.
+        not_judged: why a language model did not score the answers, as it should have; None = it did.
     """
 
     run: Run
     folder: RunFolder
     error: Exception | None = None
     excluded: int = 0
+    not_judged: str | None = None
     lane: Lane | None = field(default=None, repr=False)
 
 
@@ -71,17 +76,17 @@ def execute(jobs: Sequence[Job], command: str, progress: Callable[[int, int], No
         UserError: the task cannot be prepared or the model cannot be loaded.
         eval.processes.ProcessGone: another process ended.
     """
-    _quiet()
+    quiet()
     for job in jobs:
         if processes.first:
-            _guarded(job, job.folder.open)
+            _guarded(job, partial(open_folder, job.folder, job.run))
     opened = processes.gather([job.error is None for job in jobs])[0]
     to_do = [job for job, is_open in zip(jobs, opened, strict=True) if is_open]
     if to_do:
         _ask_and_score(to_do, command, progress, processes)
-    outcomes = processes.gather([(_portable(job.error, processes), job.excluded) for job in jobs])[0]
-    for job, (error, excluded) in zip(jobs, outcomes, strict=True):
-        job.error, job.excluded = error, excluded
+    outcomes = processes.gather([(_portable(job.error, processes), job.excluded, job.not_judged) for job in jobs])[0]
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        job.error, job.excluded, job.not_judged = outcome
 
 
 def _ask_and_score(
@@ -89,8 +94,8 @@ def _ask_and_score(
 ) -> None:
     first = jobs[0].run
     loaded, tasks = _tasks(first, processes)
-    _, processor = _load(first.model)
-    store = _store(first.model, first.feature_mb)
+    if processes.first:
+        _look_for_judge(loaded)
     with ExitStack() as stack:
         for job in jobs:
             job.lane = Lane(job.run.method, None, first.batch_size)
@@ -100,8 +105,11 @@ def _ask_and_score(
         batches = plan_batches(requests, first.batch_size)[processes.number :: processes.count]
         share = [request for batch in batches for request in batch]
         progress(len(share) * len(lanes), sum(lane.look_up(share) for lane in lanes))
-        documents = {name: task.documents for name, task in tasks.items()}
-        Asker(processor, store, documents, on_error=first.on_error).ask(batches, lanes, partial(progress, 0))
+        if any(len(lane.answers) < len(share) for lane in lanes):
+            documents = {name: task.documents for name, task in tasks.items()}
+            _, processor = _load(first.model)
+            asker = Asker(processor, _store(first.model, first.feature_mb), documents, on_error=first.on_error)
+            asker.ask(batches, lanes, partial(progress, 0))
         _exchange_errors(jobs, processes)
         if processes.first:
             for job in jobs:
@@ -119,7 +127,7 @@ def _guarded(job: Job, step: Callable[[], None]) -> None:
 
 def _open_ledger(job: Job, stack: ExitStack, process: int) -> None:
     try:
-        job.lane.ledger = stack.enter_context(Ledger(job.folder.ledger, job.run.config_hash(), process))
+        job.lane.ledger = stack.enter_context(Ledger(job.folder.ledger, job.run.answers_hash(), process))
     except BlockingIOError as error:
         raise UserError(f"{one_line(error)}: wait for it to finish") from error
 
@@ -184,6 +192,9 @@ def _questions(
     return loaded, out
 
 
+forget_questions = _questions.cache_clear
+
+
 def _build_requests(build: Callable, **arguments) -> None:
     """Without lmms-eval's progress bar: it takes a moment, and happens again for every run."""
     with redirect_stderr(io.StringIO()):
@@ -197,7 +208,7 @@ def _score(job: Job, loaded: Loaded, tasks: dict[str, _Questions], requests: Seq
     Raises:
         IncompleteRun: a question without answer, score and recorded error.
     """
-    from eval.lmms_model import SparseVLMAdapter
+    from eval.lmms_model import Recorded
 
     run, lane = job.run, job.lane
     lane.ledger.read()  # also what the other processes wrote
@@ -209,21 +220,47 @@ def _score(job: Job, loaded: Loaded, tasks: dict[str, _Questions], requests: Seq
         raise IncompleteRun(f"{len(requests)} questions were to be answered, {missing} were not")
     if not lane.answers:
         raise GenerationError(f"not one question could be answered; the first: {excluded[0].error}")
-    model, processor = _load(run.model)
-    adapter = SparseVLMAdapter(
-        run.model.pretrained, run.method, batch_size=run.batch_size, model=model, processor=processor,
-        ledger=lane.ledger, progress=lambda n: None,
-    )  # fmt: skip
-    if loaded.judge is not None:
-        loaded.judge.keep_in(job.folder.judged)
     excluded_keys = {(f.task, f.doc_id) for f in excluded}
-    evaluated = _evaluate(adapter, tasks, excluded_keys, str(job.folder.partial), loaded.parallel)
+    evaluate = partial(
+        _evaluate, Recorded(lane.answers), tasks, excluded_keys, str(job.folder.partial), loaded.parallel
+    )
+    evaluated, job.not_judged = _judged(loaded, job.folder, evaluate)
     samples = loaded.samples(evaluated)
-    answers = [adapter.lane.answers.get(s["key"]) for s in samples]
+    answers = [lane.answers.get(s["key"]) for s in samples]
     if len(samples) + len(excluded) != len(requests) or None in answers:
         raise IncompleteRun(f"{len(requests)} questions were to be scored, {len(samples) - answers.count(None)} were")
     metrics = loaded.aggregate(evaluated, samples)
-    job.folder.publish(files(run, samples, metrics, answers, excluded, command, loaded.about()))
+    names = [name.split(",")[0] for name in metrics]
+    contents = files(
+        run, samples, metrics, answers, excluded, command, loaded.about(names), loaded.not_scored(names, job.not_judged)
+    )
+    job.folder.publish(contents, keep_answers=bool(loaded.task.judge))
+
+
+def _look_for_judge(loaded: Loaded) -> None:
+    """Say beforehand that a judge does not answer: there are hours to start it, and the answers are kept."""
+    if loaded.judge is not None:
+        try:
+            loaded.judge.check()
+        except UserError as error:
+            print(f"warning: {one_line(error)}; the answers are collected without it", file=sys.stderr, flush=True)
+
+
+def _judged(loaded: Loaded, folder: RunFolder, evaluate: Callable[[], dict]) -> tuple[dict, str | None]:
+    """What lmms-eval makes of the answers, and why the judge scored none of them: None if it scored all.
+
+    A judge that fails costs its own metrics only; nothing is put in the place of a judgement.
+    """
+    if loaded.judge is None:
+        wanted = loaded.task.judge and loaded.settings.options["judge"] != EXACT_MATCH
+        return evaluate(), NO_JUDGE if wanted else None
+    loaded.judge.keep_in(folder.judged)
+    try:
+        loaded.judge.check_again()
+        return evaluate(), None
+    except JudgeError as error:
+        with loaded.judge.silenced():
+            return evaluate(), one_line(error)
 
 
 def _failure(ledger: Ledger, request) -> Failure | None:
@@ -231,7 +268,7 @@ def _failure(ledger: Ledger, request) -> Failure | None:
     return ledger.failure(task, doc_id, context)
 
 
-def _evaluate(adapter, tasks: dict[str, _Questions], excluded: set[tuple], output: str, parallel: int) -> dict:
+def _evaluate(model, tasks: dict[str, _Questions], excluded: set[tuple], output: str, parallel: int) -> dict:
     """lmms-eval's evaluation of answers that are all known; excluded documents are not in it."""
     from lmms_eval.evaluator import evaluate
 
@@ -240,13 +277,13 @@ def _evaluate(adapter, tasks: dict[str, _Questions], excluded: set[tuple], outpu
     torch.manual_seed(_SEED)
     originals = {}
     for name, questions in tasks.items():
-        adapter.task_dict[name] = questions.documents
+        model.task_dict[name] = questions.documents
         originals[name] = build = questions.task.build_all_requests
         questions.task.build_all_requests = partial(_build_without, questions.task, build, excluded)
     try:
         with alone():
             return evaluate(
-                lm=adapter,
+                lm=model,
                 task_dict={name: questions.task for name, questions in tasks.items()},
                 limit=max(len(questions.requests) for questions in tasks.values()),
                 bootstrap_iters=0,
@@ -280,7 +317,7 @@ def _store(model: ModelSettings, megabytes: int) -> FeatureStore:
     return FeatureStore(_load(model)[0], megabytes << 20)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     from datasets import disable_progress_bars
     from loguru import logger
 

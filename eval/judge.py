@@ -1,9 +1,10 @@
 """Answers scored by a language model behind an OpenAI-compatible endpoint, or by comparing strings without one.
 
 What is asked, and how replies are read, is the benchmarks' own (eval/judgements.py). lmms-eval's judge code is not
-used: there, an endpoint that cannot be reached scores 0. Here it is looked for before anything is generated, a request
-that fails ends the run (its answers are kept), and so does a reply that cannot be read. Scores move by several points
-with the judge's version, so the name it reports goes into the results.
+used: there, an endpoint that cannot be reached scores 0. Here a request that fails and a reply that cannot be read
+leave the run without the judged metrics, which its results then say; answers and replies are kept, and the same command
+goes on judging them. Scores move by several points with the judge's version, so the name it reports goes into the
+results.
 
 The key is read from OPENAI_API_KEY and never written anywhere.
 """
@@ -15,7 +16,8 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -54,6 +56,7 @@ class Judge:
         self._written: set[str] = set()
         self._lock = threading.Lock()
         self._broken: str | None = None
+        self._silent = False
 
     def check(self) -> None:
         """See that the endpoint answers.
@@ -65,11 +68,33 @@ class Judge:
             request = {"messages": [{"role": "user", "content": "Reply with the word yes."}], "max_tokens": 16}
             self._request(request, CHECK_SECONDS, retries=0)
         except Exception as error:
+            self._broken = f"the judge {self.model} at {self.url} does not answer"
             raise UserError(
                 f"the judge {self.model} at {self.url} does not answer ({type(error).__name__}: {one_line(error)}); "
                 f"check task.judge_url, task.judge and OPENAI_API_KEY, or give task.judge={EXACT_MATCH}"
             ) from error
         self._broken = None
+
+    def check_again(self) -> None:
+        """See that an endpoint answers that did not when it was asked last.
+
+        Raises:
+            JudgeError: it still does not.
+        """
+        if self._broken:
+            try:
+                self.check()
+            except UserError as error:
+                raise JudgeError(one_line(error)) from error
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Within the block nothing is judged: `scorer` gives exact match alone."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
 
     def keep_in(self, file: Path) -> None:
         """Look replies up in this file of JSON lines, and write there all that are used from now on: a killed run asks
@@ -160,7 +185,7 @@ class Judge:
 
 def judge_of(options: Mapping) -> Judge | None:
     """The judge that a task's options name; None for comparing strings. The same one for equal options."""
-    if options["judge"] == EXACT_MATCH:
+    if options["judge"] in (None, "", EXACT_MATCH):
         return None
     return _judge(str(options["judge"]), str(options["judge_url"]).rstrip("/"), float(options["judge_timeout"]))
 
@@ -182,7 +207,7 @@ def scorer(kind: str, judge: Judge | None, runs: int = 1) -> Callable[[dict, lis
 
     def process_results(doc: dict, results: list[str]) -> dict:
         scores = {EXACT_MATCH: exact_match(doc.get("answer", doc.get("gpt_answer")), results[0])}
-        if judge is None:
+        if judge is None or judge._silent:
             return scores
         requests = judgement.requests(doc, results[0])
         about = f"{doc['question']!r}, answered with {results[0]!r:.200}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import sparsevlm  # isort: skip  - before lmms-eval: it makes torchvision importable beside a CPU-only torch
 
@@ -22,12 +22,14 @@ from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
-from eval.asking import Asker, GenerationError, Lane, plan_batches
+from eval.asking import MAX_NEW_TOKENS, Asker, GenerationError, Lane, plan_batches
 from eval.features import FeatureStore
 from eval.ledger import Answer, Ledger
 from eval.processes import placed
+from eval.stock import model_warnings, task_warnings
 from sparsevlm.methods.base import Method
 from sparsevlm.models import Processor
+from sparsevlm.models.checkpoint import EMBEDDED
 
 __all__ = ["GenerationError", "SparseVLMAdapter"]
 
@@ -63,7 +65,7 @@ class SparseVLMAdapter(lmms):
         method: str | Method = "none",
         budget: int | str | None = "full",
         batch_size: int | str = 1,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         device: str | None = None,
         max_batch_size: int | None = None,
         *,
@@ -103,6 +105,7 @@ class SparseVLMAdapter(lmms):
         self._max_new_tokens, self._progress = max_new_tokens, progress
         self._features = FeatureStore(model, feature_mb << 20)
         self.lane = Lane(method, ledger, self._batch_size)
+        self._told: set[str] = set()
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> SparseVLMAdapter:
@@ -133,6 +136,7 @@ class SparseVLMAdapter(lmms):
             GenerationError: a document could not be answered; nothing is scored in its place.
         """
         lane = self.lane
+        self._warn(requests)
         known = lane.look_up(requests)
         advance, close = self._bar(len(requests), known)
         asker = Asker(self.processor, self._features, self.task_dict, max_new_tokens=self._max_new_tokens)
@@ -142,13 +146,23 @@ class SparseVLMAdapter(lmms):
             close()
         if lane.error is not None:
             raise lane.error
-        ordered = [lane.answers[r.args[4], r.args[3]] for r in requests]
-        return [GenerationResult(self._text(a), TokenCounts(a.input_tokens, a.output_tokens)) for a in ordered]
+        plain = lane.ledger is None  # under lmms-eval's own command line
+        return [_result(lane.answers[r.args[4], r.args[3]], plain) for r in requests]
 
-    def _text(self, answer: Answer) -> str:
-        """An answer; without control characters under lmms-eval's own command line, whose spreadsheet for MMBench
-        refuses them and would lose the run."""
-        return answer.text if self.lane.ledger is not None else _CONTROL.sub("", answer.text)
+    def _warn(self, requests: Sequence[Instance]) -> None:
+        """Say what `eval.run` would do otherwise: each thing once, and nothing of the embedded models, which no paper
+        evaluates."""
+        if self.rank != 0:
+            return
+        model = (
+            []
+            if self._name in EMBEDDED
+            else model_warnings(self.model.config.model_type, self.processor.prompt, self.processor.image_aspect_ratio)
+        )
+        for line in [*model, *task_warnings(requests)]:
+            if line not in self._told:
+                print(line, file=sys.stderr, flush=True)
+                self._told.add(line)
 
     def _bar(self, total: int, done: int) -> tuple[Callable[[int], None], Callable[[], None]]:
         if self._progress is not None:
@@ -163,6 +177,34 @@ class SparseVLMAdapter(lmms):
 
     def generate_until_multi_round(self, requests):
         raise NotImplementedError("multi-round tasks are not supported")
+
+
+class Recorded(lmms):
+    """Gives lmms-eval's evaluator answers that are known already; no model is needed to score them.
+
+    Args:
+        answers: by (task, doc_id), those of all requests.
+    """
+
+    is_simple = True
+
+    def __init__(self, answers: Mapping[tuple[str, int | str], Answer]) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        return [_result(self.answers[r.args[4], r.args[3]]) for r in requests]
+
+    def clean(self) -> None:
+        """Nothing is held."""
+
+    loglikelihood = generate_until_multi_round = None
+
+
+def _result(answer: Answer, plain: bool = False) -> GenerationResult:
+    """An answer for lmms-eval; `plain` removes control characters, which its spreadsheet for MMBench refuses."""
+    text = _CONTROL.sub("", answer.text) if plain else answer.text
+    return GenerationResult(text, TokenCounts(answer.input_tokens, answer.output_tokens))
 
 
 def _integers(value):

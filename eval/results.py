@@ -3,18 +3,21 @@
 config.yaml    the run's configuration, defaults filled in
 metrics.json   what came out (schema 1, below)
 judge.jsonl    only where a language model judged: its replies, by the hash of what it was asked
+ledger.jsonl   only of tasks that are judged: the answers, so that another judge, or a later one, need not ask again
 excluded.jsonl only with on_error=record, if a question could not be answered: doc_id, question, error; one per line
 samples.jsonl  one line per question: doc_id, question, question_type, target, answer, scores {metric: number},
                input_tokens, output_tokens, visual, entering, leaving, seconds
 env.json       versions of all packages, hardware, commit, command, date
 
-metrics.json: schema, task, model, method, options, budget, config_hash, n (questions that were scored), excluded
-(number of questions that could not be answered and are in no score; 0 unless on_error=record), metrics {name: {value,
-ci95, n}} (per question type as "accuracy/<type>"; ci95 is null where a metric is no mean over questions), benchmark
-(lmms_tasks, the metric of the papers' tables with its scale and who computed it, judge, data, note), tokens {visual,
-entering, leaving} (means over questions of visual tokens: in the prompt, and per layer of the language model), time,
-cost (GMACs of one question of median length; null with a note where the method cannot be counted), seed, versions,
-hardware, git, date.
+metrics.json: schema, task, model, method, options, budget, config_hash, answers_hash (config_hash without the judge:
+equal for runs that have the same answers), asked (digests of what was really asked, see eval/asked.py), n (questions
+that were scored), excluded (number of questions that could not be answered and are in no score; 0 unless
+on_error=record), metrics {name: {value, ci95, n}} (per question type as "accuracy/<type>"; ci95 is null where a metric
+is no mean over questions), not_scored {name: reason} (only where a language model should have judged and did not),
+benchmark (lmms_tasks, the metric of the papers' tables with its scale and who computed it, judge, data, note), tokens
+{visual, entering, leaving} (means over questions of visual tokens: in the prompt, and per layer of the language model),
+time, cost (GMACs of one question of median length; null with a note where the method cannot be counted), seed,
+versions, hardware, git, date.
 
 A folder appears complete or not at all: until then everything is in the hidden folder `.<name>.partial` beside it, with
 the ledger from which an interrupted run goes on.
@@ -36,6 +39,7 @@ from pathlib import Path
 import yaml
 
 from eval import environment
+from eval.asked import asked
 from eval.errors import UserError, one_line
 from eval.ledger import Answer, Failure, ledger_files
 from eval.settings import Run
@@ -43,7 +47,7 @@ from eval.stats import bootstrap_ci
 
 SCHEMA = 1
 _NEEDED_BYTES = 64 << 20
-_LEDGER = "ledger.jsonl"
+LEDGER = "ledger.jsonl"
 
 
 class RunFolder:
@@ -62,9 +66,13 @@ class RunFolder:
     def finished(self) -> bool:
         return (self.path / "metrics.json").is_file()
 
+    def metrics(self) -> dict:
+        """metrics.json of a finished run."""
+        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
+
     @property
     def ledger(self) -> Path:
-        return self.partial / _LEDGER
+        return self.partial / LEDGER
 
     @property
     def judged(self) -> Path:
@@ -78,7 +86,11 @@ class RunFolder:
 
     def excluded(self) -> int:
         """How many questions a finished run leaves out."""
-        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8")).get("excluded", 0)
+        return self.metrics().get("excluded", 0)
+
+    def not_scored(self) -> dict[str, str]:
+        """Metrics that a finished run lacks because no language model judged -> why."""
+        return self.metrics().get("not_scored", {})
 
     def open(self) -> None:
         """Make the partial folder and see that results can be written, before hours are spent on them.
@@ -99,15 +111,15 @@ class RunFolder:
         if free < _NEEDED_BYTES:
             raise UserError(f"only {free >> 20} MB are free in {runs}; make room or set results_dir to another disk")
 
-    def publish(self, files: Mapping[str, str]) -> None:
-        """Write the files and give the folder its name, in one step."""
+    def publish(self, files: Mapping[str, str], keep_answers: bool = False) -> None:
+        """Write the files and give the folder its name, in one step; `keep_answers`: with the ledger in it."""
         for name, content in files.items():
             with open(self.partial / name, "w", encoding="utf-8") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         os.rename(self.partial, self.path)  # fails if a folder came there meanwhile: nothing is overwritten
-        for path in ledger_files(self.path / _LEDGER):
+        for path in () if keep_answers else ledger_files(self.path / LEDGER):
             path.unlink()
 
 
@@ -119,6 +131,7 @@ def files(
     excluded: Sequence[Failure],
     command: str,
     benchmark: Mapping | None = None,
+    not_scored: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The contents of a run folder.
 
@@ -128,6 +141,7 @@ def files(
         answers: in the order of the samples.
         excluded: questions that could not be answered.
         benchmark: what was asked, see `eval.tasks.loading.Loaded.about`.
+        not_scored: metrics that are missing -> why.
     """
     types = {str(s["doc"].get("question_type")) for s in samples}
     found = {_typed(k, types): _summary(k, value, samples) for k, value in _metrics(aggregated).items()}
@@ -142,9 +156,12 @@ def files(
         "options": run.options,
         "budget": run.budget,
         "config_hash": run.config_hash(),
+        "answers_hash": run.answers_hash(),
+        "asked": asked(run),
         "n": len(samples),
         "excluded": len(excluded),
         "metrics": found,
+        **({"not_scored": dict(not_scored)} if not_scored else {}),
         "benchmark": benchmark,
         "tokens": {k: statistics.fmean(getattr(a, k) for a in answers) for k in ("visual", "entering", "leaving")},
         "time": {

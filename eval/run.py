@@ -8,8 +8,9 @@
     python -m eval.run -m hydra/launcher=slurm hydra.launcher.partition=gpu ...     each job to Slurm
 
 Exit status: 0 every question was answered and scored (or had been); 1 a run failed; 2 something that was asked for
-cannot be; 3 all runs are there, but questions that could not be answered are left out (on_error=record); 130
-interrupted. An interrupted or failed run goes on where it was when the same command is given again.
+cannot be; 3 all runs are there, but questions that could not be answered are left out (on_error=record); 4 all runs are
+there, but a language model that should have judged is missing or failed: its metrics are; 130 interrupted. An
+interrupted or failed run goes on where it was when the same command is given again.
 SPARSEVLM_TRACEBACK=1 shows where an error came from.
 
 A job is one combination of what is swept over. Jobs that differ in the method alone share pictures, prompts and visual

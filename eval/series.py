@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
-from eval.errors import EXCLUDED, UserError, report, worst
+from eval.against import compare
+from eval.errors import EXCLUDED, NOT_JUDGED, UserError, report, worst
+from eval.kept import judged_elsewhere
 from eval.processes import Processes, ProcessGone
 from eval.results import RunFolder
 from eval.settings import Run
+from eval.tasks.base import EXACT_MATCH
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,17 +48,15 @@ class _Series:
         self.told: set[str] = set()
 
     def do(self, runs: Sequence[Run]) -> int:
-        folders = {run.run_id(): RunFolder(run.results_dir, run.run_id()) for run in runs}
-        finished = self.processes.gather({name for name, folder in folders.items() if folder.finished})[0]
-        statuses, together = [], {}
-        for run in {run.run_id(): run for run in runs}.values():
-            folder = folders[run.run_id()]
-            if run.run_id() not in finished:
-                together.setdefault(run.company, []).append((run, folder))
-                continue
-            left_out = folder.excluded()
-            statuses.append(EXCLUDED if left_out else 0)
-            self._say(f"already there: {folder.path}" + _left_out(left_out))
+        unique, statuses = self._identified(runs)
+        folders = {name: RunFolder(run.results_dir, name) for name, run in unique.items()}
+        there = self.processes.gather({name: _there(run, folders[name]) for name, run in unique.items()})[0]
+        together = {}
+        for name, run in unique.items():
+            if there[name] is None:
+                together.setdefault(run.company, []).append((run, folders[name]))
+            else:
+                statuses.append(self._already_there(run, RunFolder(run.results_dir, there[name])))
         if not together:
             return worst(statuses)
         bar = _Bar(shown=self.processes.first)
@@ -64,10 +66,32 @@ class _Series:
                 bar.title = f"{number} of {len(together)}, {company[0][0].task.name}: {bar.title}"
             statuses += self._company(company, bar)
         bar.close()
-        failed = sum(s not in (0, EXCLUDED) for s in statuses)
+        failed = sum(s not in (0, EXCLUDED, NOT_JUDGED) for s in statuses)
         if failed and len(statuses) > 1:
             self._say(f"{failed} of {len(statuses)} runs have no results; the same command goes on with them")
         return worst(statuses)
+
+    def _identified(self, runs: Sequence[Run]) -> tuple[dict[str, Run], list[int]]:
+        """The runs by their ids, each once, and the statuses of those whose questions cannot be loaded.
+
+        The first process is the first to load a task, and so the one that makes or downloads its data.
+        """
+        names = [_name(run) for run in runs] if self.processes.first else []
+        names = self.processes.gather(names)[0]
+        found, statuses = {}, []
+        for run, name in zip(runs, names, strict=True):
+            if isinstance(name, Exception):
+                statuses.append(self._tell(name))
+            else:
+                found.setdefault(name, run)
+        return found, statuses
+
+    def _already_there(self, run: Run, folder: RunFolder) -> int:
+        left_out, not_scored = folder.excluded(), folder.not_scored()
+        self._say(f"already there: {folder.path}{_left_out(left_out)}{_not_judged(not_scored)}")
+        self.compared(folder)
+        missed = not_scored and run.task.options["judge"] != EXACT_MATCH
+        return worst([EXCLUDED if left_out else 0, NOT_JUDGED if missed else 0])
 
     def _company(self, company: Sequence[tuple[Run, RunFolder]], bar: _Bar) -> list[int]:
         """Runs that differ in the method alone; returns their statuses."""
@@ -93,8 +117,10 @@ class _Series:
         statuses = []
         for job in jobs:
             if job.error is None:
-                self._say(f"{job.run.label}: {_summary(job.folder)}{_left_out(job.excluded)} -> {job.folder.path}")
-                statuses.append(EXCLUDED if job.excluded else 0)
+                notes = _left_out(job.excluded) + _not_judged(job.folder.not_scored())
+                self._say(f"{job.run.label}: {_summary(job.folder)}{notes} -> {job.folder.path}")
+                self.compared(job.folder)
+                statuses.append(worst([EXCLUDED if job.excluded else 0, NOT_JUDGED if job.not_judged else 0]))
             elif isinstance(job.error, UserError):
                 bar.close()
                 statuses.append(self._tell(job.error))
@@ -104,10 +130,19 @@ class _Series:
                 statuses.append(self._tell(job.error, what))
         return statuses
 
-    def _say(self, text: str) -> None:
+    def compared(self, folder: RunFolder) -> None:
+        """Say by how much an unpruned run of the papers' settings differs from what was published."""
+        path = folder.path / "config.yaml"
+        if self.processes.first and path.is_file():
+            found = compare(folder.metrics(), yaml.safe_load(path.read_text(encoding="utf-8")))
+            if found is not None:
+                self._say(str(found), sys.stderr if found.loud else None)
+
+    def _say(self, text: str, file=None) -> None:
         if self.processes.first:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            file = file or sys.stdout
+            tqdm.write(text, file=file)
+            file.flush()
 
     def _tell(self, error: Exception, what: str = "") -> int:
         """Report an error, but not the same one again for every run."""
@@ -181,6 +216,28 @@ def _kept(answers: int) -> str:
 
 def _left_out(questions: int) -> str:
     return f", {questions} questions EXCLUDED (excluded.jsonl says why)" if questions else ""
+
+
+def _not_judged(metrics: Mapping[str, str]) -> str:
+    reasons = " and ".join(dict.fromkeys(metrics.values()))
+    return f", {' and '.join(metrics)} NOT JUDGED: {reasons}; the answers are kept" if metrics else ""
+
+
+def _name(run: Run) -> str | Exception:
+    """A run's id, or why it has none."""
+    try:
+        return run.run_id()
+    except Exception as error:
+        return error
+
+
+def _there(run: Run, folder: RunFolder) -> str | None:
+    """The name of the finished folder that has what a run would have; None if there is something to do."""
+    if folder.finished:
+        to_judge = run.task.judged and folder.not_scored()
+        return None if to_judge else folder.path.name
+    elsewhere = judged_elsewhere(run)
+    return elsewhere and elsewhere.path.name
 
 
 def _summary(folder: RunFolder) -> str:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 import sparsevlm
+from eval.asked import asked, forget
 from eval.errors import ON_ERROR, UserError, one_line, unknown
 from eval.processes import placed
 from eval.tasks import TASKS, TaskSettings, task_settings
@@ -77,10 +78,20 @@ class Run:
         """The method's options, all of them, without the budget."""
         return {k: v for k, v in asdict(self.method).items() if k != "budget"}
 
-    def identity(self) -> dict:
-        """Everything that changes the numbers, and nothing else (not the batch size, the device, or the folder)."""
+    def identity(self, judged: bool = True) -> dict:
+        """Everything that changes the numbers, and nothing else (not the batch size, the device, or the folder).
+
+        Names are not enough: what is really asked is looked at, for which the task is loaded (see `eval.asked`).
+
+        Args:
+            judged: False = everything that changes the answers: not the language model that judges them.
+
+        Raises:
+            UserError: the task or the processor cannot be loaded.
+        """
+        task = TASKS[self.task.name].identity(self.task, self.limit)
         return {
-            "task": TASKS[self.task.name].identity(self.task, self.limit),
+            "task": task if judged else {k: v for k, v in task.items() if not k.startswith("judge")},
             "model": {
                 "name": self.model.name,
                 "weights": fingerprint(self.checkpoint),
@@ -89,15 +100,21 @@ class Run:
             "method": {"name": self.method.name, **self.options},
             "budget": self.budget,
             "generation": {"max_new_tokens": self.max_new_tokens},
+            "asked": asked(self),
         }
 
     def config_hash(self) -> str:
         """8 hexadecimal digits of :meth:`identity`."""
-        text = json.dumps(self.identity(), sort_keys=True, default=list)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return _short_hash(self.identity())
 
-    def run_id(self) -> str:
-        parts = (self.task.name, self.model.name, self.method.name, self.budget, self.config_hash())
+    def answers_hash(self) -> str:
+        """The same of what changes the answers: equal for runs that differ in their judge alone."""
+        return _short_hash(self.identity(judged=False))
+
+    def run_id(self, judged: bool = True) -> str:
+        """The folder's name; `judged=False`: of the run that is the same without a judge."""
+        digest = self.config_hash() if judged else self.answers_hash()
+        parts = (self.task.name, self.model.name, self.method.name, self.budget, digest)
         return "__".join(map(str, parts))
 
     @property
@@ -118,6 +135,11 @@ class Run:
         return " ".join([self.method.name, *(f"{k}={v}" for k, v in self.changed), f"budget={self.budget}"])
 
 
+def _short_hash(content: dict) -> str:
+    text = json.dumps(content, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def make_run(config: Mapping) -> Run:
     """Check a composed configuration and fill in what is left to defaults.
 
@@ -127,6 +149,7 @@ def make_run(config: Mapping) -> Run:
     Raises:
         UserError: an unknown key or name, a value out of range, or a checkpoint that is not there or broken.
     """
+    forget()
     _known(config, _TOP, "")
     model, task = _group(ModelSettings, config, "model"), task_settings(config["task"])
     for key in ("limit", "max_new_tokens", "batch_size"):

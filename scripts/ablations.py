@@ -38,7 +38,7 @@ def ablation(group: Group, option: str, metric: str | None = None) -> pd.DataFra
         `difference_low`, `difference_high` (paired), `runs`. Empty if nothing was varied. Shares are in %.
     """
     metric, percent = metric_of(group, metric)
-    scale, rows = 100.0 if percent else 1.0, []
+    group, scale, rows = group.scored(metric), 100.0 if percent else 1.0, []
     for base in group.runs:
         m = base.metrics
         if option not in m["options"] or m["options"][option] != _default(m["method"], option):
@@ -156,7 +156,7 @@ def raters_paper(runs: Sequence[Run]) -> Table:
                 methods = ("sparsevlm", f"sparsevlm (raters={_RATED_BY[against]})")
                 pair = [chosen.get((benchmark.task, method, int(row["tokens"]))) for method in methods]
                 ours = Part(NOT_RUN, "ours")
-                if None not in pair:
+                if None not in pair:  # neither benchmark is judged
                     gain = value(pair[0], benchmark) - value(pair[1], benchmark)
                     ours = Part(f"{gain:+.1f}", "ours", tuple(r.folder.name for r in pair))
             names = [version, row["tokens"], against, benchmark.label]

@@ -145,7 +145,24 @@ def paper_runs(runs: Iterable[Run], model: str) -> dict[tuple[str, str, int | st
             )
         if other is None or _length(run) > _length(other):
             found[key] = run
+    _check_asked_alike(found.values())
     return found
+
+
+def _check_asked_alike(runs: Iterable[Run]) -> None:
+    """Numbers of one column are of one way of asking.
+
+    Raises:
+        BadRun: two runs of equal length on one task were asked differently.
+    """
+    first: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        other = first.setdefault((run.task, run.metrics["n"]), run)
+        if other.asked != run.asked:
+            raise BadRun(
+                f"{other.folder} and {run.folder} were made by versions of this project that ask differently (prompt, "
+                "pixels or stop strings): move one away"
+            )
 
 
 def _length(run: Run) -> float:
@@ -168,8 +185,8 @@ def other_judge(run: Run, benchmark: Benchmark) -> str:
     return "" if not benchmark.judge or judge.get("model") in (None, benchmark.judge) else judge["model"]
 
 
-def value(run: Run, benchmark: Benchmark) -> float:
-    """What the paper reports of a benchmark, from a run.
+def value(run: Run, benchmark: Benchmark) -> float | None:
+    """What the paper reports of a benchmark, from a run; None where a language model should have judged and did not.
 
     Raises:
         BadRun: the run has none of the metrics.
@@ -178,5 +195,7 @@ def value(run: Run, benchmark: Benchmark) -> float:
     for metrics in benchmark.metrics:
         if all(name in have for name in metrics):
             return sum(factor * have[name]["value"] for name, factor in metrics.items())
+    if benchmark in JUDGED and run.judge is None:
+        return None
     wanted = " or ".join(" + ".join(metrics) for metrics in benchmark.metrics)
     raise BadRun(f"{run.folder} has no {wanted}, which the tables show of {run.task}; it has {', '.join(have)}")

@@ -28,7 +28,7 @@ from scripts.rank_ablation import rank_ablation
 from scripts.runs import LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
 from scripts.separation import separation_table
 from scripts.summary import Summary, embedded, summarise
-from scripts.tables import NOT_RUN, Table, from_frame, write
+from scripts.tables import NOT_JUDGED, NOT_RUN, Table, from_frame, write
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,7 +105,7 @@ def accuracy_table(summary: Summary) -> pd.DataFrame:
             "budget": str(row["budget"]),
             "entering": number(row["entering"], 1),
             "leaving": number(row["leaving"], 1),
-            f"{summary.metric}{unit} [95 %]": NOT_RUN if pd.isna(row["value"]) else interval(row),
+            f"{summary.metric}{unit} [95 %]": _missing(row) or interval(row),
             f"difference, {points} [95 %]": _difference(row),
             "retained %": number(row["retained"], 1),
             "prefill GMACs": _counted(row),
@@ -122,9 +122,16 @@ def _counted(row: dict) -> str:
     return number(row["prefill_gmacs"], 3)
 
 
+def _missing(row: dict) -> str:
+    """Why a row has no value; empty if it has one."""
+    if pd.notna(row["value"]):
+        return ""
+    return NOT_JUDGED if row["not_judged"] is True else NOT_RUN
+
+
 def _difference(row: dict) -> str:
-    if pd.isna(row["value"]):
-        return NOT_RUN
+    if missing := _missing(row):
+        return missing
     if row["method"] == "none":
         return "0"
     if pd.isna(row["difference"]):

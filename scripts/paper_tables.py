@@ -32,7 +32,7 @@ from scripts.benchmarks import (
 )
 from scripts.published import look_up
 from scripts.runs import Run
-from scripts.tables import FLAGGED, NOT_RUN, NOTHING, Cell, Part, Table, cell
+from scripts.tables import FLAGGED, NOT_JUDGED, NOT_RUN, NOTHING, Cell, Part, Table, cell
 
 RERUN = ("RESTORE", "ICML 2026", "Table 1")
 UNPRUNED = "none"
@@ -139,6 +139,9 @@ def _ours(edition: Edition, chosen: Mapping[tuple, Run]) -> Numbers:
             if benchmark.task != task:
                 continue
             number, n = value(run, benchmark), run.metrics["n"]
+            if number is None:
+                found[method, budget, benchmark.label] = _Number(0.0, NOT_JUDGED, (run.folder.name,), counts=False)
+                continue
             whole = not limited(run) or n == edition.limit
             remarks = [
                 "" if whole else f" (n={n})",

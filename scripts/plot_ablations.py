@@ -59,6 +59,7 @@ def plot_runs(runs: Sequence[Run], folder: Path, metric: str | None = None) -> l
 def bars(group: Group, frame: pd.DataFrame, what: str, metric: str | None = None) -> Figure:
     """One cluster of bars per method and budget, one bar per value of the option."""
     metric, percent = metric_of(group, metric)
+    group = group.scored(metric)
     settings = list(dict.fromkeys(frame["setting"]))
     clusters = list(dict.fromkeys(zip(frame["method"], frame["budget"], strict=True)))
     methods = {method for method, _ in clusters}

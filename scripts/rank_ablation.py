@@ -21,6 +21,7 @@ _COUNTED_BY = {"keep", "layers"}  # the authors' rules prune at layers of their 
 def rank_ablation(group: Group, metric: str | None = None) -> Table | None:
     """One row per run of the adaptive method, beside the closest fixed one in mean tokens; None without such runs."""
     metric, percent = metric_of(group, metric)
+    group = group.scored(metric)
     scale, unit = (100.0, " %") if percent else (1.0, "")
     rows = []
     adaptive = [run for run in group.runs if run.metrics["method"] == ADAPTIVE]

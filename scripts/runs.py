@@ -59,6 +59,22 @@ class Run:
         """Method, options and budget as one string: equal for equal settings."""
         return setting_key(self.metrics["method"], self.metrics["options"], self.metrics["budget"])
 
+    @property
+    def asked(self) -> dict | None:
+        """Digests of what was really asked (see eval/asked.py); None for runs of a version that kept none."""
+        return self.metrics.get("asked")
+
+    @property
+    def not_scored(self) -> dict[str, str]:
+        """Metrics that the run lacks because no language model judged its answers -> why."""
+        return self.metrics.get("not_scored", {})
+
+    @property
+    def judge(self) -> str | None:
+        """The language model that scored the answers; None if none did."""
+        judge = (self.metrics.get("benchmark") or {}).get("judge") or {}
+        return None if self.not_scored or not judge.get("url") else judge["model"]
+
     @cached_property
     def samples(self) -> list[dict]:
         """The lines of samples.jsonl."""
@@ -104,6 +120,10 @@ class Group:
     def name(self) -> str:
         """For files: task, model, number of questions and seed."""
         return f"{self.task}__{self.model}__n{self.n}__seed{self.seed}"
+
+    def scored(self, metric: str) -> Group:
+        """Without the runs that lack the metric because no language model judged."""
+        return Group([run for run in self.runs if metric not in run.not_scored])
 
     @property
     def unpruned(self) -> Run | None:
@@ -204,7 +224,8 @@ def accuracy_groups(runs: Iterable[Run]) -> list[Group]:
     for run in runs:
         if run.task not in ROWS_ONLY:
             model = {key: run.config["model"].get(key) for key in _MODEL_KEYS}
-            same = [run.task, run.model, model, run.config["task"], run.metrics["n"], run.config.get("max_new_tokens")]
+            task = {k: v for k, v in run.config["task"].items() if not k.startswith("judge")}  # see `_check_group`
+            same = [run.task, run.model, model, task, run.metrics["n"], run.config.get("max_new_tokens"), run.asked]
             groups.setdefault(json.dumps(same, sort_keys=True, default=str), Group()).runs.append(run)
     for group in groups.values():
         _check_group(group)
@@ -213,8 +234,8 @@ def accuracy_groups(runs: Iterable[Run]) -> list[Group]:
     if twice is not None:
         folders = [str(g.runs[0].folder) for g in groups.values() if g.name == twice]
         raise BadRun(
-            f"{' and '.join(folders)} were made with different settings of the model: keep such runs in different "
-            "results folders"
+            f"{' and '.join(folders)} were made with different settings of the model, or by versions that ask "
+            "differently: keep such runs in different results folders"
         )
     return sorted(groups.values(), key=lambda g: g.name)
 
@@ -228,6 +249,12 @@ def _check_group(group: Group) -> None:
                 f"{other.folder} and {run.folder} are the same setting, made with other weights or another version of "
                 "the task: move one away"
             )
+    judges = {run.judge: run.folder for run in group.runs if run.judge is not None}
+    if len(judges) > 1:
+        raise BadRun(
+            f"{' and '.join(map(str, judges.values()))} were judged by different models ({', '.join(judges)}): keep "
+            "such runs in different results folders"
+        )
     first = group.runs[0]
     questions = {(str(s["doc_id"]), s["question"], str(s["target"])) for s in first.samples}
     for run in group.runs[1:]:

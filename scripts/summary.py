@@ -28,7 +28,8 @@ class Summary:
         frame: one row per method and budget, also of settings that were not run (NaN everywhere). `method` is the name
             with options that are not defaults, `budget` is an int, "full" or "explicit". `value`, `low`, `high` (95 %),
             `difference` to the unpruned run with `difference_low` and `difference_high` (paired), `retained` in %,
-            `entering`, `leaving`, `prefill_gmacs`, `prefill_ms` and `prefill_ratio` with `_q25` and `_q75`, `run`.
+            `entering`, `leaving`, `prefill_gmacs`, `prefill_ms` and `prefill_ratio` with `_q25` and `_q75`, `run`, and
+            `not_judged`: True where the run lacks the metric because no language model judged.
         latency: the latency run that the times are from, or None.
     """
 
@@ -80,18 +81,20 @@ def summarise(group: Group, runs: Iterable[Run], metric: str | None = None) -> S
 
 
 def metric_of(group: Group, metric: str | None = None) -> tuple[str, bool]:
-    """The metric to show of a group (accuracy, or else the first one), and whether it is a share, shown in %.
+    """The metric to show of a group (accuracy, or else the first one of a run that lacks none), and whether it is a
+    share, shown in %.
 
     Raises:
         ValueError: a run does not have the metric asked for; the message lists what it has.
     """
-    known = group.runs[0].metrics["metrics"]
+    known = min(group.runs, key=lambda run: len(run.not_scored)).metrics["metrics"]
     metric = metric or ("accuracy" if "accuracy" in known else next(iter(known)))
-    for run in group.runs:
+    scored = [run for run in group.runs if metric not in run.not_scored]
+    for run in scored:
         if metric not in run.metrics["metrics"]:
             have = ", ".join(run.metrics["metrics"])
             raise ValueError(f"{run.folder} has no metric {metric!r}; it has {have}")
-    entries = [run.metrics["metrics"][metric] for run in group.runs]
+    entries = [run.metrics["metrics"][metric] for run in scored]
     return metric, all(0 <= x <= 1 for e in entries for x in [e["value"], *(e["ci95"] or [])])
 
 
@@ -124,7 +127,8 @@ def _latency_rows(run: Run) -> dict[str, dict]:
 
 def _row(run: Run, unpruned: Run | None, metric: str, scale: float, latency: Run | None) -> dict:
     m = run.metrics
-    value, interval = m["metrics"][metric]["value"], m["metrics"][metric]["ci95"]
+    found = {"value": np.nan, "ci95": None} if metric in run.not_scored else m["metrics"][metric]
+    value, interval = found["value"], found["ci95"]
     low, high = interval or (np.nan, np.nan)
     row = {
         "method": label(m["method"], m["options"]) + _excluded(m),
@@ -136,8 +140,9 @@ def _row(run: Run, unpruned: Run | None, metric: str, scale: float, latency: Run
         "high": scale * high,
         "prefill_gmacs": m["cost"].get("prefill_gmacs"),
         "run": run.folder.name,
+        "not_judged": metric in run.not_scored,
     }
-    if unpruned is not None:
+    if unpruned is not None and metric not in unpruned.not_scored:
         reference = unpruned.metrics["metrics"][metric]["value"]
         row["retained"] = 100 * value / reference if reference else np.nan
         row["difference"] = scale * (value - reference)
@@ -154,7 +159,7 @@ def _row(run: Run, unpruned: Run | None, metric: str, scale: float, latency: Run
 _COLUMNS = [
     "method", "budget", "entering", "leaving", "value", "low", "high", "difference", "difference_low",
     "difference_high", "retained", "prefill_gmacs", "prefill_ms", "prefill_ms_q25", "prefill_ms_q75", "prefill_ratio",
-    "prefill_ratio_q25", "prefill_ratio_q75", "run",
+    "prefill_ratio_q25", "prefill_ratio_q75", "run", "not_judged",
 ]  # fmt: skip
 
 

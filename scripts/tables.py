@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 NOT_RUN = "not run"
+NOT_JUDGED = "not judged"  # the answers are there, but no language model scored them
 NOTHING = "–"  # nobody published it
 FLAGGED = "†"  # published, but not to be relied on; the caption or the page says why
 

@@ -10,6 +10,7 @@ from eval.errors import UserError, unknown
 #: scale of a metric -> what its value is multiplied by in the papers' tables.
 SCALES = {"fraction": 100.0, "percent": 1.0, "points": 1.0}
 EXACT_MATCH = "exact_match"
+NO_JUDGE = "no language model was named to judge: task.judge=<model>, or SPARSEVLM_JUDGE"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class TaskSettings:
 
     def __hash__(self) -> int:
         return hash((self.name, self.seed, tuple(sorted(self.options.items(), key=str))))
+
+    @property
+    def judged(self) -> bool:
+        """Whether a language model is named that scores the answers."""
+        return self.options.get("judge") not in (None, "", EXACT_MATCH)
 
     def plain(self) -> dict:
         """As in the YAML."""
@@ -108,12 +114,6 @@ class Task:
             raise UserError(unknown("metric", metric, self.metrics))
         if scale != self.metrics[metric]:
             raise UserError(f"task.scale={scale}, but {metric} is in {self.metrics[metric]}")
-        if self.judge and not options["judge"]:
-            raise UserError(
-                f"task {self.name} is scored by a language model: give task.judge=<model> (with task.judge_url for "
-                f"another endpoint than OpenAI's), or task.judge={EXACT_MATCH} for a score without one, which compares "
-                "with nothing published"
-            )
         runs = options.get("judge_runs", 1)
         if not isinstance(runs, int) or isinstance(runs, bool) or runs < 1:
             raise UserError(f"task.judge_runs={runs} must be an integer of 1 or more")
@@ -125,9 +125,11 @@ class Task:
 
     def headline(self, settings: TaskSettings) -> str:
         """The metric that goes into the tables; without a judge that can only be exact match."""
-        return EXACT_MATCH if settings.options.get("judge") == EXACT_MATCH else str(settings.options["metric"])
+        return EXACT_MATCH if self.judge and not settings.judged else str(settings.options["metric"])
 
     def identity(self, settings: TaskSettings, limit: int | None) -> dict:
         """Everything about the task that changes a run's numbers."""
-        options = {k: v for k, v in settings.options.items() if k not in ("metric", "scale", "judge_timeout")}
+        unseen = {"metric", "scale", "judge_timeout"}
+        unseen |= set() if settings.judged else {k for k in settings.options if k.startswith("judge")}
+        options = {k: v for k, v in settings.options.items() if k not in unseen}
         return {"name": self.name, **options, "version": self.version, "limit": limit}

@@ -8,7 +8,7 @@ import copy
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +23,7 @@ from tenacity import stop_after_attempt
 from eval.errors import UserError, one_line
 from eval.judge import Judge, judge_of
 from eval.processes import alone
-from eval.tasks.base import Task, TaskSettings
+from eval.tasks.base import EXACT_MATCH, NO_JUDGE, Task, TaskSettings
 from eval.tasks.folders import FOLDER, cache_dir, hf_home
 from eval.tasks.generated import Generated
 from eval.tasks.questions import as_the_authors
@@ -68,7 +68,7 @@ class Loaded:
     def aggregate(self, evaluated: Mapping, samples: Sequence[dict]) -> dict[str, float]:
         """All metrics, "<metric>,none" -> value, as lmms-eval names them; the samples' scores become numbers, in place.
 
-        The headline comes first.
+        The headline comes first; where nothing was judged, that is exact match.
         """
         if self.judge is not None:
             self.judge.put_in_order()
@@ -79,13 +79,22 @@ class Loaded:
         else:
             known = {}
         metrics = {k: float(v) for k, v in {**known, **own}.items() if isinstance(v, (int, float))}
-        headline = self.task.headline(self.settings)
+        headline = self._headline(metrics)
         ordered = {headline: metrics.pop(headline), **metrics}
         return {f"{k},none": v for k, v in ordered.items()}
 
-    def about(self) -> dict:
-        """What was asked, for metrics.json."""
+    def _headline(self, found: Collection[str]) -> str:
+        """The metric for the tables, of those that were found."""
         headline = self.task.headline(self.settings)
+        return EXACT_MATCH if self.task.judge and headline not in found else headline
+
+    def not_scored(self, found: Collection[str], reason: str | None) -> dict[str, str]:
+        """Judged metrics that are not among those `found` -> why."""
+        return {m: reason or NO_JUDGE for m in self.task.metrics if m not in found} if self.task.judge else {}
+
+    def about(self, found: Collection[str]) -> dict:
+        """What was asked, for metrics.json; `found`: names of the metrics that there are."""
+        headline = self._headline(found)
         judge = None
         if self.judge is not None:
             versions = sorted(self.judge.versions)
@@ -111,12 +120,10 @@ def load(task: Task, settings: TaskSettings, limit: int | None) -> Loaded:
             splits or sub-tasks where there are several.
 
     Raises:
-        UserError: data cannot be found or is damaged, videos are missing, or the judge does not answer.
+        UserError: data cannot be found or is damaged, or videos are missing.
     """
     os.environ.setdefault("HF_HOME", str(hf_home()))  # some of lmms-eval's tasks insist
     judge = judge_of(settings.options) if task.judge else None
-    if judge is not None:
-        judge.check()
     logging.getLogger("datasets").setLevel(logging.ERROR)  # "Using the latest cached version", for every table
     try:
         with alone():  # lmms-eval would wait for the other processes, which wait for this one

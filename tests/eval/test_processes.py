@@ -1,5 +1,6 @@
 """What only a process of its own shows: starting from another directory, exit statuses, signals."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ import sparsevlm  # noqa: F401  # isort: skip  - before lmms-eval
 
 from eval.lmms_model import SparseVLMAdapter
 from eval.run import CONFIGS
+from eval.tasks import FOLDER, TASKS
+from eval.tasks.generated import Generated
 from tests.eval.requests import make_documents, make_requests
 
 RUN = [sys.executable, "-m", "eval.run"]
@@ -90,6 +93,27 @@ def test_lmms_evals_command_line(tmp_path, monkeypatch, capfd):
     assert len(lines) == 6
     assert lines[0]["token_counts"][0]["input_tokens"] > 576
     assert sum(line["accuracy"] for line in lines) / 6 == pytest.approx(found["accuracy,none"])
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if isinstance(task, Generated)])
+def test_lmms_evals_command_line_makes_this_versions_questions(name, tmp_path, monkeypatch):
+    """Where the YAML looks for them, whatever an older version left there."""
+    from lmms_eval.utils import load_yaml_config
+
+    from eval import __main__ as command
+
+    made = {}
+    monkeypatch.setitem(
+        TASKS, name, dataclasses.replace(TASKS[name], build=lambda seed, n, folder: made.update(at=(seed, n, folder)))
+    )
+    command.make_questions(name)
+    seed, n, folder = made["at"]
+    expected = folder / f"v{TASKS[name].version}-seed{seed}-n{n}" / "test.parquet"
+    path = str(
+        load_yaml_config(str(FOLDER / name / f"{name}.yaml"), mode="simple")["dataset_kwargs"]["data_files"]["test"]
+    )
+    assert Path(FOLDER / name, path) == expected
+    command.make_questions("gqa")  # nothing to make
 
 
 @pytest.mark.slow

@@ -114,10 +114,18 @@ class TestHash:
     @pytest.mark.parametrize(
         "other",
         ["limit=9", "task.seed=1", "budget=65", "method.raters=all", "model.dtype=bfloat16", "max_new_tokens=2",
-         "model.image_aspect_ratio=pad", "model.prompt=vicuna_v1", "method=sparsevlm_plus", "method.layers=[1,2,6]"],
+         "model.image_aspect_ratio=pad", "method=sparsevlm_plus", "method.layers=[1,2,6]"],
     )  # fmt: skip
     def test_what_changes_numbers(self, other):
         assert settle(*self.BASE, other).config_hash() != settle(*self.BASE).config_hash()
+
+    def test_the_prompt(self, tiny_llava_folder):
+        base = (*self.BASE, f"model.pretrained={tiny_llava_folder}")
+        assert settle(*base, "model.prompt=vicuna_v1").config_hash() != settle(*base).config_hash()
+
+    def test_a_prompt_that_the_model_cannot_spell_has_no_identity(self):
+        with pytest.raises(UserError, match="vocabulary cannot spell the prompt 'vicuna_v1'"):
+            settle(*self.BASE, "model.prompt=vicuna_v1").config_hash()
 
     def test_without_a_limit_is_the_whole_task(self):
         whole = TASKS["minivqa"].size

@@ -316,3 +316,49 @@ def test_a_run_that_left_questions_out_says_so_and_stays_out_of_averages(tmp_pat
     metrics = json.loads((folder / "metrics.json").read_text())
     (folder / "metrics.json").write_text(json.dumps(metrics | {"excluded": 2}))
     assert rows(ICML, tmp_path)["none", "full"]["GQA"] == ["60.0 (n=3)"]
+
+
+def unjudged(results: Path, method: str, budget, metrics: dict, judge: dict) -> None:
+    """A run of MM-Vet whose answers no language model scored."""
+    folder = folders.benchmark_run(results, "mmvet", {"exact_match": 0.2}, method, budget)
+    path = folder / "metrics.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **metrics, "benchmark": {"judge": judge}}))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "judge"),
+    [
+        ({"not_scored": {"gpt_eval_score": "the judge died"}}, {"model": "gpt", "url": "http://x", "versions": []}),
+        ({}, {"model": "exact_match", "note": "no language model judged"}),  # as an earlier version left it
+    ],
+)
+def test_what_nobody_judged_says_so_and_every_other_cell_is_there(tmp_path, metrics, judge):
+    for task, (scores, _) in SCORES.items():
+        if task != "mmvet":
+            folders.benchmark_run(tmp_path, task, scores)
+    unjudged(tmp_path, "none", "full", metrics, judge)
+    folders.benchmark_run(tmp_path, "mmvet", {"gpt_eval_score": 0.3}, "fastv", 192)
+    found = rows(ICML, tmp_path)
+    assert found["none", "full"]["MM-Vet"] == ["not judged"] and found["fastv", "192"]["MM-Vet"] == ["30.0"]
+    assert [found["none", "full"][b.label] for b in ICML.benchmarks[:-1]] == [
+        [SCORES[b.task][1]] for b in ICML.benchmarks[:-1]
+    ]
+    assert "mmvet" in paper_table(ICML, read_runs(tmp_path)).caption
+
+
+def test_a_run_that_was_not_judged_stands_beside_those_that_were(tmp_path):
+    answers = [0.0, 1.0, 0.5]
+    folders.benchmark_run(tmp_path, "mmvet", {"gpt_eval_score": 0.5}, each=answers)
+    unjudged(tmp_path, "fastv", 192, {"not_scored": {"gpt_eval_score": "died"}}, {"model": "gpt", "url": "http://x"})
+    (table,) = [t for t in make_tables.build_tables(read_runs(tmp_path)) if t.name.startswith("mmvet__")][:1]
+    assert [row[4] for row in table.texts if row[1] == "192"] == ["not judged"]
+    assert [row[4].split(" ")[0] for row in table.texts if row[1] == "full"] == ["50.0"]
+    (full,) = [p for p in (tmp_path / "runs").iterdir() if "__none__" in p.name]
+    content = json.loads((full / "metrics.json").read_text())
+    (full / "metrics.json").write_text(json.dumps({**content, "benchmark": {"judge": {"model": "a", "url": "u"}}}))
+    folders.benchmark_run(tmp_path, "mmvet", {"gpt_eval_score": 0.5}, "fastv", 64, each=answers)
+    other = next(p for p in (tmp_path / "runs").iterdir() if "__64__" in p.name)
+    content = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps({**content, "benchmark": {"judge": {"model": "b", "url": "u"}}}))
+    with pytest.raises(BadRun, match="were judged by different models .b, a."):
+        make_tables.build_tables(read_runs(tmp_path))

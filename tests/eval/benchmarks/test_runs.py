@@ -1,5 +1,6 @@
 """The papers' commands, from the command line to the run folder, on tiny checkpoints laid out as the hub's."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,16 +10,18 @@ from pathlib import Path
 
 import pytest
 
-import sparsevlm  # noqa: F401  # isort: skip  - before transformers
-
-from transformers import LlavaForConditionalGeneration
+import sparsevlm  # noqa: F401  # isort: skip  - before lmms-eval
 
 from eval import evaluate
 from eval import judge as judging
 from eval import run as command_line
+from eval import tasks as tasks_module
 from eval.run import main
+from eval.tasks import TASKS
+from scripts.make_tables import build_tables
+from scripts.runs import read_runs
 from tests import hub_layout
-from tests.eval.benchmarks import hub_cache
+from tests.eval.benchmarks import hub_cache, judge_server
 from tests.eval.benchmarks.judge_server import VERSION
 
 
@@ -37,6 +40,7 @@ def workplace(hub, tmp_path, monkeypatch):
     for name in ("SPARSEVLM_JUDGE", "SPARSEVLM_JUDGE_URL", "SPARSEVLM_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
     evaluate._questions.cache_clear()
+    judging._judge.cache_clear()  # it remembers replies
 
 
 @pytest.fixture
@@ -104,17 +108,158 @@ class TestWholeRuns:
         )
 
 
-def test_a_judge_that_fails_after_the_answers_costs_no_answer(run, judge, capfd, monkeypatch):
-    options = ["task.judge=stand-in", f"task.judge_url={judge.url}", "task.judge_timeout=5", "limit=2"]
-    with monkeypatch.context() as patch:
-        patch.setattr(judge, "reply", lambda messages: "yes" if len(messages[0]["content"]) < 50 else "who knows")
-        assert run("mmvet", *options) == 1
-    line = one_line(capfd)
-    assert "2 answers are kept" in line and "replied 'who knows', which is no score, about 'What is x?'" in line
-    assert all(name.startswith(".") for name in os.listdir("results/runs"))
-    monkeypatch.setattr(LlavaForConditionalGeneration, "generate", lambda *_, **__: pytest.fail("asked again"))
-    assert run("mmvet", *options) == 0
-    assert next(iter(metrics()["metrics"])) == "gpt_eval_score"
+class TestJudges:
+    """A judge that is missing, dies or talks nonsense costs its own metrics; the others and the answers are there."""
+
+    def options(self, judge) -> list[str]:
+        return ["task.judge=stand-in", f"task.judge_url={judge.url}", "task.judge_timeout=5", "limit=2"]
+
+    def unjudged(self, reason: str) -> None:
+        found = metrics()
+        assert list(found["metrics"]) == ["exact_match"] and found["n"] == 2
+        assert list(found["not_scored"]) == ["gpt_eval_score"] and reason in found["not_scored"]["gpt_eval_score"]
+
+    def judged_later(self, run, judge, monkeypatch) -> None:
+        """The same command with a judge that works scores the kept answers; no model is even loaded."""
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "_load", lambda *_: pytest.fail("the model was loaded"))
+            assert run("mmvet", *self.options(judge)) == 0
+        found = metrics()  # and there is one folder only
+        assert next(iter(found["metrics"])) == "gpt_eval_score" and "not_scored" not in found
+        assert found["benchmark"]["judge"]["versions"] == [VERSION]
+
+    def test_none_named(self, run, judge, capfd, monkeypatch):
+        assert run("mmvet", "limit=2") == 4
+        out, err = capfd.readouterr()
+        assert "gpt_eval_score NOT JUDGED: no language model was named" in out and "error: " not in err
+        self.unjudged("no language model was named to judge: task.judge=<model>")
+        assert run("mmvet", "limit=2") == 4 and "already there" in capfd.readouterr().out
+        assert run("mmvet", "limit=2", "task.judge=exact_match") == 0
+        self.judged_later(run, judge, monkeypatch)
+        assert run("mmvet", "limit=2") == 0  # what is there has more than what is asked for
+        assert "already there" in (out := capfd.readouterr().out) and "NOT JUDGED" not in out.splitlines()[-1]
+
+    @pytest.mark.parametrize("url", ["http://127.0.0.1:9/v1"])
+    def test_one_that_cannot_be_reached(self, run, judge, capfd, monkeypatch, url):
+        assert run("mmvet", "task.judge=x", f"task.judge_url={url}", "limit=2") == 4
+        assert f"warning: the judge x at {url} does not answer (APIConnectionError" in capfd.readouterr().err
+        self.unjudged("does not answer")
+
+    def test_one_that_hangs(self, run, judge, capfd, monkeypatch):
+        monkeypatch.setattr(judging, "CHECK_SECONDS", 0.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(judge, "reply", None)
+            assert run("mmvet", *self.options(judge)) == 4
+        assert "does not answer (APITimeoutError" in capfd.readouterr().err
+        self.unjudged("APITimeoutError")
+        self.judged_later(run, judge, monkeypatch)
+
+    def test_one_that_talks_nonsense(self, run, judge, capfd, monkeypatch):
+        nonsense = lambda messages: "yes" if len(messages[0]["content"]) < 50 else "who knows"  # noqa: E731
+        with monkeypatch.context() as patch:
+            patch.setattr(judge, "reply", nonsense)
+            assert run("mmvet", *self.options(judge)) == 4
+            assert run("mmvet", *self.options(judge)) == 4  # asked again: still nonsense
+        self.unjudged("replied 'who knows', which is no score, about 'What is x?'")
+        self.judged_later(run, judge, monkeypatch)
+
+    def test_one_that_dies_halfway(self, run, judge, monkeypatch):
+        """What it said before is kept and not asked again."""
+        monkeypatch.setattr("eval.tasks.loading.JUDGED_AT_ONCE", 1)
+        asked = []
+
+        def reply(messages):
+            if len(messages[0]["content"]) >= 50:
+                asked.append(messages)
+                judge.status = 400 if len(asked) > 1 else 200
+            return judge_server.verdict(messages)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(judge, "reply", reply)
+            patch.setattr(judge, "status", 200)
+            assert run("mmvet", *self.options(judge)) == 4
+        self.unjudged("stopped answering (BadRequestError")
+        (folder,) = Path("results/runs").iterdir()
+        assert len((folder / "judge.jsonl").read_text().splitlines()) == 1
+        count = len(judge.requests)
+        self.judged_later(run, judge, monkeypatch)
+        assert len(judge.requests) - count == 2  # whether it is there, and the second answer
+
+    def test_another_judge_scores_the_same_answers(self, run, judge, monkeypatch):
+        assert run("mmvet", *self.options(judge)) == 0
+        monkeypatch.setattr(evaluate, "_load", lambda *_: pytest.fail("the model was loaded"))
+        assert run("mmvet", *self.options(judge), "task.judge=another") == 0
+        assert len(os.listdir("results/runs")) == 2
+
+    @pytest.mark.parametrize("state", ["none", "nonsense", "dying"])
+    def test_costs_a_sweep_one_column(self, checkpoints, judge, monkeypatch, state):
+        """Two tasks, two methods: all else has its numbers, every table is made, and a working judge fills the gap."""
+        pretrained = f"model.pretrained={checkpoints['llava_1_5_7b']}"
+        sweep = [
+            "-m",
+            "model=llava_1_5_7b",
+            "model.name=tiny",
+            pretrained,
+            "model.dtype=float32",
+            "max_new_tokens=2",
+            "limit=3",
+        ]
+        sweep += ["task=mmvet,pope", "method=none,random", "budget=64"]
+        asked = []
+
+        def reply(messages):
+            asked.extend([0] * (len(messages[0]["content"]) >= 50))
+            if state == "dying" and len(asked) > 1:
+                judge.status = 503
+            return "who knows" if state == "nonsense" and asked else judge_server.verdict(messages)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(judge, "reply", reply)
+            patch.setattr(judge, "status", 200)
+            if state != "none":
+                patch.setenv("SPARSEVLM_JUDGE", "stand-in")
+                patch.setenv("SPARSEVLM_JUDGE_URL", judge.url)
+            assert main(sweep) == 4
+        runs = {(r.task, r.metrics["method"]): r for r in read_runs(Path("results"))}
+        assert len(runs) == 4 and all("pope_f1_mean" in runs["pope", m].metrics["metrics"] for m in ("none", "random"))
+        for method in ("none", "random"):
+            unscored = runs["mmvet", method]
+            assert list(unscored.metrics["metrics"]) == ["exact_match"] and list(unscored.not_scored) == [
+                "gpt_eval_score"
+            ]
+        names = {table.name.split("__")[0] for table in build_tables(list(runs.values()))}
+        assert {"mmvet", "pope", "table1_icml"} <= names
+        monkeypatch.setenv("SPARSEVLM_JUDGE", "stand-in")
+        monkeypatch.setenv("SPARSEVLM_JUDGE_URL", judge.url)
+        monkeypatch.setattr(evaluate, "_load", lambda *_: pytest.fail("the model was loaded"))
+        assert main(sweep) == 0
+        judged = [r for r in read_runs(Path("results")) if r.task == "mmvet"]
+        assert len(judged) == 2 and all(next(iter(r.metrics["metrics"])) == "gpt_eval_score" for r in judged)
+
+
+class TestWhatIsAsked:
+    """A run whose question would be another one now is another run."""
+
+    @pytest.fixture
+    def runs(self, run):
+        def runs(**changes) -> set[str]:
+            shipped = TASKS["pope"]
+            before = set(os.listdir("results/runs")) if os.path.isdir("results/runs") else set()
+            with pytest.MonkeyPatch.context() as patch:
+                if changes:
+                    changed = lambda settings: {**shipped.overrides(settings), **changes}  # noqa: E731
+                    patch.setitem(tasks_module.TASKS, "pope", dataclasses.replace(shipped, overrides=changed))
+                assert run("pope", "limit=3") == 0
+            return set(os.listdir("results/runs")) - before
+
+        return runs
+
+    def test_the_tasks_text_and_stop_strings(self, runs):
+        assert len(runs()) == 1 and runs() == set()
+        post = {"lmms_eval_specific_kwargs": {"default": {"pre_prompt": "", "post_prompt": " Yes or no?"}}}
+        assert len(runs(**post)) == 1
+        assert len(runs(generation_kwargs={"max_new_tokens": 128, "do_sample": False, "until": ["."]})) == 1
+        assert runs() == set()  # and the first one is still there
 
 
 class TestRefusals:
@@ -123,20 +268,6 @@ class TestRefusals:
     @pytest.fixture(autouse=True)
     def no_model(self, monkeypatch):
         monkeypatch.setattr(evaluate, "_load", lambda *_: pytest.fail("the model was loaded"))
-
-    def test_no_judge_named(self, run, capfd):
-        assert run("mmvet") == 2
-        assert "task.judge=exact_match" in one_line(capfd)
-
-    def test_a_judge_that_cannot_be_reached(self, run, capfd):
-        assert run("mmvet", "task.judge=x", "task.judge_url=http://127.0.0.1:9/v1") == 2
-        assert "the judge x at http://127.0.0.1:9/v1 does not answer (APIConnectionError" in one_line(capfd)
-
-    def test_a_judge_that_hangs(self, run, judge, capfd, monkeypatch):
-        monkeypatch.setattr(judging, "CHECK_SECONDS", 0.5)
-        monkeypatch.setattr(judge, "reply", None)
-        assert run("mmvet", "task.judge=x", f"task.judge_url={judge.url}") == 2
-        assert "does not answer (APITimeoutError" in one_line(capfd)
 
     def test_data_that_are_not_there(self, run, own_hub, capfd):
         shutil.rmtree(own_hub / "datasets" / "lmms-lab-encoder___gqa")
