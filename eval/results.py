@@ -34,6 +34,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from numbers import Number
+from operator import itemgetter
 from pathlib import Path
 
 import yaml
@@ -187,18 +188,26 @@ def files(
 
 
 def cost(run: Run, answers: Sequence[Answer]) -> dict:
-    """GMACs (1 MAC = 2 FLOPs) of one question with the median number of text tokens, at batch 1."""
-    from sparsevlm.cost.flops import count
+    """GMACs (1 MAC = 2 FLOPs) of one question with the median number of text tokens, at batch 1.
+
+    `prefill_gmacs` are the language model's with the method's own (`method_gmacs`), wherever it does its work;
+    `first_token_gmacs` those with the tower's and the projector's. See `sparsevlm.cost.flops`.
+    """
+    from sparsevlm.cost.flops import count, first_token_gmacs, prefill_gmacs
 
     text = statistics.median_low(a.input_tokens - a.visual for a in answers)
-    parts = {"prefill": "llm_prefill", "vision": "vision", "projector": "projector", "decode": "decode"}
-    keys = {p: f"{p}_gmacs" + ("_per_token" if p == "decode" else "") for p in parts}
+    parts = {
+        "prefill_gmacs": prefill_gmacs,
+        **{f"{name}_gmacs": itemgetter(name) for name in ("method", "vision", "projector")},
+        "first_token_gmacs": first_token_gmacs,
+        "decode_gmacs_per_token": itemgetter("decode"),
+    }
     budget = None if run.budget == "explicit" else run.budget
     try:
         counted = count(str(run.checkpoint), run.method.name, budget, text, **run.options)
     except ValueError as error:  # kept counts that depend on the picture
-        return {"text_tokens": text, **dict.fromkeys(keys.values()), "note": one_line(error)}
-    return {"text_tokens": text, **{keys[p]: counted[name] for p, name in parts.items()}}
+        return {"text_tokens": text, **dict.fromkeys(parts), "note": one_line(error)}
+    return {"text_tokens": text, **{key: part(counted) for key, part in parts.items()}}
 
 
 def _metrics(aggregated: Mapping) -> dict[str, float]:

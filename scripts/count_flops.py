@@ -28,6 +28,7 @@ from eval import environment
 from eval.errors import UserError, one_line
 from eval.results import RunFolder
 from scripts.runs import FLOPS, SCHEMA
+from sparsevlm.cost.flops import PARTS, prefill_gmacs
 from sparsevlm.cost.flops import run as count
 
 METHODS = "tome,fastv,pyramiddrop,sparsevlm,visionzip,divprune"
@@ -66,6 +67,7 @@ def count_all(args: argparse.Namespace, command: str) -> str:
     name = args.model.replace("-", "_").replace(".", "_")
     config = {"model": {"name": name, "pretrained": args.model}, "text_tokens": args.text_tokens}
     config |= {"settings": [list(setting) for setting in settings], "sparsevlm": sparsevlm.__version__}
+    config["parts"] = list(PARTS)  # how the work is booked
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
     folder = RunFolder(args.results, f"{FLOPS}__{name}__{digest}")
     if folder.finished:
@@ -76,7 +78,8 @@ def count_all(args: argparse.Namespace, command: str) -> str:
         found = count(args.model, method, budget, args.text_tokens)
         chosen = {k: v for k, v in asdict(options).items() if k != "budget"}
         rows.append({"method": method, "budget": budget, "options": chosen, "text_tokens": args.text_tokens,
-                     "entering": found.entering, "leaving": found.leaving, **found.gmacs})  # fmt: skip
+                     "entering": found.entering, "leaving": found.leaving, "gmacs": found.gmacs,
+                     "prefill_gmacs": prefill_gmacs(found.gmacs)})  # fmt: skip
     about = {"versions": environment.versions(), "hardware": environment.hardware(), "git": environment.git()}
     about["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     metrics = {"schema": SCHEMA, "task": FLOPS, "model": name, "config_hash": digest, "n": len(rows), "rows": rows}

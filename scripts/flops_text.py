@@ -14,8 +14,10 @@ def text(result: dict, uncounted: dict[str, str]) -> str:
         "By fvcore on the meta device; 1 GMAC = 2 GFLOP. Counted: the matrix products of the unmodified forward pass "
         "with the method's hooks: linear layers, QK^T and PV of attention (n x n: no credit for causality), patch "
         "embedding, the output head on the last token, and the method's own products. Not counted: element-wise work, "
-        "norms, softmax, rotary embedding, sorting, the singular values behind a rank. *LLM prefill* is the language "
-        "model with the method's work, *saved* is of it. *early_drop=False* is the plain form: every row of a pruning "
+        "norms, softmax, rotary embedding, sorting, the singular values behind a rank. *vision* and *projector* are "
+        "the model's own layers as they run, *method* is what the method computes itself, wherever it does (tower, "
+        "projector, language model). *prefill* is the language model with the method's work, of every method; *first "
+        "token* is the prefill with tower and projector. *early_drop=False* is the plain form: every row of a pruning "
         f"layer computed. Methods left out: {left_out}.\n"
     ]
     for model in dict.fromkeys(row["model"] for row in result["rows"]):
@@ -56,10 +58,11 @@ def paper_text(result: dict) -> str:
         "## The paper's column\n\nTable 1 of [v4](https://arxiv.org/abs/2410.04417v4), LLaVA-1.5-7B, in TMAC (10^12 "
         'multiply-adds; the paper writes "TFLOPs"), at 118 text tokens. The formula is the one of the authors\' code, '
         "4nd^2 + 2n^2d + 3ndm per layer, on the lengths that enter our layers; it leaves out the head, the scores and "
-        "the recycling. *counted, plain*: fvcore, every row of a pruning layer computed, as in the authors' code; "
+        "the recycling. Both counts are of the prefill: the language model with its head and the method's own work. "
+        "*counted, plain*: fvcore, every row of a pruning layer computed, as in the authors' code; "
         "*counted*: the default, with early drop.\n\n"
         + markdown(rows, 2)
-        + "\n\n## The paper's claims\n\nSavings of the LLM prefill by SparseVLM.\n\n"
+        + "\n\n## The paper's claims\n\nSavings of the prefill by SparseVLM, its own work included.\n\n"
         + markdown(claims, 3)
         + "\n"
     )

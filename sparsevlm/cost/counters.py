@@ -1,7 +1,8 @@
 """Forwards on the meta device, where tensors have shapes and no values, and two counters of their multiply-adds.
 
 fvcore's is the one that results come from. torch's own needs nothing but torch, for machines without fvcore; tests hold
-the two against each other.
+the two against each other. Both book what is done inside `runtime.parts.part(...)` as METHOD and under no submodule,
+wherever it is done: in a vision tower, a projector or the language model.
 """
 
 from __future__ import annotations
@@ -9,26 +10,32 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig
 
 from sparsevlm.cost.shapes import load_config, model_class
+from sparsevlm.runtime.parts import watch
 
 TOWERS = ("vision_tower", "video_tower", "image_tower")
 PROJECTOR = "multi_modal_projector"
+METHOD = "method"  # what pruning itself computes, in the counts by submodule
 
 
 class Prefill(nn.Module):
-    """A forward over tensors in a fixed order; also returns what the towers made, so that no layer looks unused.
+    """A forward over tensors in a fixed order; also returns every product in it, so that none looks unused to a tracer.
 
-    After a call `cache` holds what it left.
+    Unused are CLIP's last layer, whose output LLaVA-1.5 never reads, and the calls of one token in whose place a method
+    computes a layer; they run all the same. After a call `cache` holds what it left.
     """
 
     def __init__(self, net: nn.Module, names: tuple[str, ...]):
@@ -37,18 +44,26 @@ class Prefill(nn.Module):
         self.cache = None
 
     def forward(self, *tensors: torch.Tensor):
-        seen: list[torch.Tensor] = []
-        hooks = [
-            getattr(self.net.model, tower).register_forward_hook(lambda _m, _a, out: seen.append(out.last_hidden_state))
-            for tower in tower_names(self.net)
-        ]
-        try:
+        with _Products() as products:
             out = self.net(**dict(zip(self.names, tensors, strict=True)), use_cache=True, logits_to_keep=1)
-        finally:
-            for hook in hooks:
-                hook.remove()
         self.cache = out.past_key_values
-        return out.logits, *seen
+        return out.logits, *products.made
+
+
+class _Products(TorchFunctionMode):
+    """Keeps the outputs of the matrix products that are called inside the block."""
+
+    names: ClassVar = {"linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "scaled_dot_product_attention"}
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[torch.Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", None) in self.names:
+            self.made.append(out)
+        return out
 
 
 class Decode(nn.Module):
@@ -127,7 +142,7 @@ def _as_linear(conv: nn.Conv2d) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def fvcore_gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Mapping[str, float]:
-    """GMACs per submodule ("" = all), by fvcore.
+    """GMACs per submodule ("" = all) without METHOD, and of METHOD, by fvcore.
 
     Raises:
         ImportError: fvcore is not installed.
@@ -140,8 +155,43 @@ def fvcore_gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Mapping
     analysis.tracer_warnings("none")
     analysis.set_op_handle("aten::scaled_dot_product_attention", _sdpa_macs)
     analysis.set_op_handle("aten::matmul", _matmul_macs)
-    analysis.set_op_handle("aten::layer_norm", lambda inputs, outputs: 0)  # None would leave fvcore's own handle
-    return {name: macs / 1e9 for name, macs in analysis.by_module().items()}
+    for name in ("layer_norm", "adaptive_avg_pool2d"):  # no products; None would leave fvcore's own handle
+        analysis.set_op_handle(f"aten::{name}", lambda inputs, outputs: 0)
+    for name, handle in list(analysis._op_handles.items()):
+        analysis.set_op_handle(name, partial(_booked, handle))
+    with watch(_scope):
+        found = analysis.by_module_and_operator()
+    macs = {name: sum(v for op, v in ops.items() if op != METHOD) for name, ops in found.items()}
+    own = found[""].get(METHOD, 0)
+    return {name: value / 1e9 for name, value in {**macs, "": macs[""] + own, METHOD: own}.items()}
+
+
+@contextmanager
+def _scope(name: str | None) -> Iterator[None]:
+    """Write into the traced graph that a part begins and ends.
+
+    A scope's name ends with the module that fvcore books it under: after the slash there is none, that is the root.
+    """
+    tracer = torch._C._get_tracing_state()
+    if tracer is None:
+        yield
+        return
+    tracer.push_scope(_MODELS_OWN if name is None else _METHODS_OWN)
+    try:
+        yield
+    finally:
+        tracer.pop_scope()
+
+
+_METHODS_OWN, _MODELS_OWN = "#method/", "#model/"
+
+
+def _booked(handle: Callable, inputs, outputs) -> Counter[str]:
+    """What a handle of fvcore counts, under METHOD if the innermost part that the operator stands in is a method's."""
+    counted = handle(inputs, outputs)
+    found = counted if isinstance(counted, Counter) else Counter({outputs[0].node().kind(): counted})
+    parts = [scope for scope in outputs[0].node().scopeName().split("/") if scope.startswith("#")]
+    return Counter({METHOD: sum(found.values())}) if parts and parts[-1] == _METHODS_OWN[:-1] else found
 
 
 def _sdpa_macs(inputs, outputs) -> int:
@@ -160,15 +210,35 @@ def _matmul_macs(inputs, outputs) -> int:
 
 
 def torch_gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
-    """GMACs of the whole call ("") and of each submodule, by torch's counter (two FLOPs per multiply-add).
+    """GMACs of the whole call (""), of METHOD and of each submodule, by torch's counter (two FLOPs per multiply-add).
 
     Only for meta tensors: on a CPU, torch 2.13 has no rule for the attention kernel and would leave it out.
     """
     if any(t.device.type != "meta" for t in inputs):
         raise ValueError("torch's counter knows no CPU attention: give tensors on the meta device")
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, watch(_Callers(counter.mod_tracker)):
         module(*inputs)
     root = type(module).__name__
     macs = {name.removeprefix(root).removeprefix("."): sum(ops.values()) / 2e9
             for name, ops in counter.get_flop_counts().items() if name != "Global"}  # fmt: skip
-    return {name: macs.get(name, 0.0) for name, _ in module.named_modules()} | {"": counter.get_total_flops() / 2e9}
+    names = [METHOD, *(name for name, _ in module.named_modules())]
+    return {name: macs.get(name, 0.0) for name in names} | {"": counter.get_total_flops() / 2e9}
+
+
+class _Callers:
+    """Lets torch's counter book a part under METHOD instead of the modules that are being called."""
+
+    def __init__(self, tracker):
+        self.tracker, self.callers = tracker, None
+
+    @contextmanager
+    def __call__(self, name: str | None) -> Iterator[None]:
+        before, outermost = self.tracker.parents, self.callers is None
+        if outermost:
+            self.callers = before
+        self.tracker.parents = {*self.callers} if name is None else {"Global", METHOD}
+        try:
+            yield
+        finally:
+            self.tracker.parents = before
+            self.callers = None if outermost else self.callers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from sparsevlm.cost import memory
-from sparsevlm.cost.clocks import clock_for, cpu_ms
+from sparsevlm.cost.clocks import Mark, clock_for, cpu_ms
 from sparsevlm.cost.counters import PROJECTOR, TOWERS, Prefill, countable, torch_gmacs, without_weights
 from sparsevlm.cost.floor import floor, lengths_after
-from sparsevlm.cost.flops import Setting, lengths_entering, split
+from sparsevlm.cost.flops import Setting, lengths_entering, prefill_gmacs, split
 from sparsevlm.cost.shapes import Prompt
 from sparsevlm.methods import build
-from sparsevlm.runtime.parts import collect
+from sparsevlm.runtime.parts import Marks, collect, watch
 
 UNPRUNED: Setting = ("none", "full", {})
 
@@ -28,14 +28,15 @@ class Sample:
     """One setting in one round; times in ms.
 
     Attributes:
-        vision: tower and projector.
-        prefill: everything else up to the first logits: embedding, decoder layers, head, and all that pruning adds.
+        vision: tower and projector, without what the method does there.
+        prefill: everything else from the pixels to the first logits: embedding, decoder layers, head, and all that
+            pruning adds, wherever that is.
         prefill_cpu: CPU time of the process during `prefill`, all threads.
         decode: one token, mean over the steps.
         end_to_end: vision, prefill and all decode steps.
-        unpruned: `prefill` of the unpruned model in the same round.
+        unpruned, unpruned_vision: `prefill` and `vision` of the unpruned model in the same round.
         floor, floor_cpu: `prefill` and `prefill_cpu` of the floor in the same round; None where there is none.
-        parts: what pruning spent where, in a prefill of its own.
+        parts: what pruning spent where, in a prefill of its own; together the method's own time.
     """
 
     vision: float
@@ -46,6 +47,7 @@ class Sample:
     unpruned: float | None = None
     floor: float | None = None
     floor_cpu: float | None = None
+    unpruned_vision: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
 
 
@@ -144,7 +146,8 @@ class Harness:
             if failed and self.net.device.type == "cuda":
                 torch.cuda.empty_cache()
         for sample in samples.values():
-            sample.unpruned = samples[0].prefill if 0 in samples else None
+            if 0 in samples:
+                sample.unpruned, sample.unpruned_vision = samples[0].prefill, samples[0].vision
         return samples, failed
 
     def _sample(self, i: int, floor_first: bool) -> Sample:
@@ -163,7 +166,8 @@ class Harness:
         clock, marks = self.clock, self._vision_marks
         token = torch.zeros(len(self.prompt.visual_mask), 1, dtype=torch.long, device=self.net.device)
         token += 3  # any word will do: time does not depend on which one
-        with self._split(), context:
+        own = Marks(clock, only=("pictures",))  # what is not the tower's and the projector's in their spans
+        with context, self._split(), watch(own.watch):
             marks.clear()
             clock.wait()
             start = clock.mark()
@@ -174,11 +178,16 @@ class Harness:
             last = clock.mark()
             clock.wait()
             spans = [*zip(marks[::2], marks[1::2], strict=True)]
-        vision = sum(clock.elapsed_ms(a, b) for a, b in spans)
+        inside = [span[1:] for span in own.spans()]
+
+        def models_own(ms: Callable[[Mark, Mark], float]) -> float:
+            return sum(ms(a, b) for a, b in spans) - sum(ms(a, b) for a, b in inside)
+
+        vision = models_own(clock.elapsed_ms)
         return Sample(
             vision=vision,
             prefill=clock.elapsed_ms(start, end) - vision,
-            prefill_cpu=cpu_ms(start, end) - sum(cpu_ms(a, b) for a, b in spans),
+            prefill_cpu=cpu_ms(start, end) - models_own(cpu_ms),
             decode=clock.elapsed_ms(end, last) / max(decode_tokens, 1),
             end_to_end=clock.elapsed_ms(start, last),
         )
@@ -193,12 +202,17 @@ class Harness:
 
     @contextmanager
     def _split(self) -> Iterator[None]:
-        """Mark where tower and projector start and end. Entered before the pruner: its hooks on them run inside."""
+        """Mark where tower and projector start and end: before the first and after the last hook of the pruner, which
+        has been entered."""
         parts = [getattr(self.net.model, name, None) for name in (*TOWERS, PROJECTOR)]
         hooks = []
+
+        def mark(*_) -> None:
+            self._vision_marks.append(self.clock.mark())
+
         for part in filter(None, parts):
-            hooks.append(part.register_forward_pre_hook(lambda *_: self._vision_marks.append(self.clock.mark())))
-            hooks.append(part.register_forward_hook(lambda *_: self._vision_marks.append(self.clock.mark())))
+            hooks.append(part.register_forward_pre_hook(mark, prepend=True))
+            hooks.append(part.register_forward_hook(mark))
         try:
             yield
         finally:
@@ -215,7 +229,7 @@ class Harness:
         method = build(name, budget=budget, **options)
         with countable(self._meta), method(self._meta, visual_mask=self.prompt.visual_mask[:1]):
             prefill = Prefill(self._meta, tuple(inputs))
-            return split(torch_gmacs(prefill, tuple(inputs.values())), self._meta)["llm_prefill"]
+            return prefill_gmacs(split(torch_gmacs(prefill, tuple(inputs.values())), self._meta))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

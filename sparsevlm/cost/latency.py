@@ -8,6 +8,11 @@ Beside each pruned prefill the same round times its floor (see `floor.py`): the 
 the choice for free. Overhead = pruned / floor. Where pruning spends its time is measured in a prefill of its own, in
 the same round, so that the marks of the parts do not slow the prefill that is reported.
 
+One rule for all methods says what is whose: `vision` is the tower and the projector as they run, `prefill` everything
+else from the pixels to the first logits, that is the language model and the method's own work wherever it does it, in
+the tower and at the projector, too (`runtime.parts` marks it). Speed-up, ratio and overhead compare prefills. A method
+that shortens the tower gains in `vision`; `first_token` is both together.
+
 Clock: CUDA events on a GPU (device time, read after a synchronisation), the wall clock on a CPU; beside it the CPU time
 of the process, as the operating system accounts for it.
 """
@@ -44,7 +49,9 @@ def measure(
 
     A forward over the whole prompt (pixels and words, last position's logits) is timed and split: `vision_ms` is the
     tower and the projector; `prefill_ms` is everything else, that is embedding, decoder layers, output head and all
-    that pruning adds. `decode_ms` is the mean over `decode_tokens` greedy steps on the cache that the prefill left.
+    that pruning adds, wherever it does; `first_token_ms` is their sum. `decode_ms` is the mean over `decode_tokens`
+    greedy steps on the cache that the prefill left. `method_ms` is the method's own time, of the prefill in which its
+    parts are timed.
 
     Args:
         model: a name for `sparsevlm.load`, or a LLaVA, Video-LLaVA or Llama model (random weights will do).
@@ -109,24 +116,30 @@ def summary(samples: Sequence[Sample], facts: Facts) -> dict:
     """The rounds of one setting.
 
     Returns:
-        Each as {"median", "q25", "q75"} over rounds: `prefill_ms`, `vision_ms`, `decode_ms`, `end_to_end_ms`,
-        `prefill_cpu_ms`; `prefill_ratio` (prefill / unpruned prefill of the same round), `floor_ms` and `overhead`
-        (prefill / floor of the same round), `floor_cpu_ms` and `overhead_cpu` (the same in CPU time), None where there
-        is nothing to compare with; `parts_ms`, one such dict per part. The facts. And `rounds`: for each of the times,
-        the list of all rounds.
+        Each as {"median", "q25", "q75"} over rounds: `prefill_ms`, `vision_ms`, `first_token_ms`, `decode_ms`,
+        `end_to_end_ms`, `prefill_cpu_ms`; `prefill_ratio` (prefill / unpruned prefill of the same round) and
+        `first_token_ratio` (the same of both), `floor_ms` and `overhead` (prefill / floor of the same round),
+        `floor_cpu_ms` and `overhead_cpu` (the same in CPU time), None where there is nothing to compare with;
+        `method_ms`, and `parts_ms`, one such dict per part of it. The facts. And `rounds`: for each of the times, the
+        list of all rounds.
     """
     times = {
         f"{name}_ms": [getattr(s, name) for s in samples]
         for name in ("prefill", "vision", "decode", "end_to_end", "prefill_cpu", "floor", "floor_cpu", "unpruned")
     }
     rounds = {name: values for name, values in times.items() if None not in values}
+    rounds["first_token_ms"] = [s.vision + s.prefill for s in samples]
+    whole = [None if s.unpruned_vision is None else s.unpruned_vision + s.unpruned for s in samples]
     prefill = rounds["prefill_ms"]
     parts = sorted({name for s in samples for name in s.parts})
     return {
         **{name: _spread(rounds[name]) if name in rounds else None for name in times if name != "unpruned_ms"},
+        "first_token_ms": _spread(rounds["first_token_ms"]),
         "prefill_ratio": _ratio(prefill, rounds.get("unpruned_ms")),
+        "first_token_ratio": None if None in whole else _ratio(rounds["first_token_ms"], whole),
         "overhead": _ratio(prefill, rounds.get("floor_ms")),
         "overhead_cpu": _ratio(rounds["prefill_cpu_ms"], rounds.get("floor_cpu_ms")),
+        "method_ms": _spread([sum(s.parts.values()) for s in samples]),
         "parts_ms": {name: _spread([s.parts.get(name, 0.0) for s in samples]) for name in parts},
         **{k: v for k, v in asdict(facts).items() if k != "cuts"},
         "rounds": {name: values for name, values in rounds.items() if name != "unpruned_ms"},

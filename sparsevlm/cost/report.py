@@ -102,7 +102,8 @@ def cells(row: dict) -> dict[str, str]:
     """A row of the first table, as it is printed."""
     start = {"method": name_of(row), "budget": "explicit" if row["budget"] is None else str(row["budget"])}
     names = ["leaving", "prefill ms", "speed-up", "MAC ratio", "of the MAC ratio", "overhead", "overhead, CPU time",
-             "decode ms/token", "end to end ms", "peak MiB", "KV MiB"]  # fmt: skip
+             "of it method ms", "vision ms", "first token ms", "decode ms/token", "end to end ms", "peak MiB",
+             "KV MiB"]  # fmt: skip
     if row["failed"] or "prefill_ms" not in row:
         return {**start, **dict.fromkeys(names, row["failed"] or NOT_RUN)}
     speedup, macs = row["speedup"], row["gmacs_ratio"]
@@ -114,6 +115,9 @@ def cells(row: dict) -> dict[str, str]:
         "-" if macs is None or speedup is None else f"{100 * speedup['median'] / macs:.0f} %",
         _spread(row["overhead"], 3),
         _spread(row["overhead_cpu"], 3) if row["device"] == "cpu" else "-",
+        _spread(row["method_ms"], 2),
+        _spread(row["vision_ms"], 1),
+        _spread(row["first_token_ms"], 1),
         _spread(row["decode_ms"], 2),
         _spread(row["end_to_end_ms"], 1),
         f"{row['peak_bytes'] / _MIB:.1f}",
@@ -138,7 +142,7 @@ def part_cells(row: dict, names: Sequence[str]) -> dict[str, str]:
     """A row of the second table: medians in ms."""
     parts = row["parts_ms"]
     found = {name: f"{parts[name]['median']:.2f}" if name in parts else "0" for name in names}
-    total = sum(part["median"] for part in parts.values())
+    total = row["method_ms"]["median"]
     share = 100 * total / row["prefill_ms"]["median"]
     budget = "explicit" if row["budget"] is None else str(row["budget"])
     return {
@@ -197,8 +201,11 @@ def _about(machine: dict) -> str:
     peak = PEAK_MEASURE["cuda" if machine["gpu"] else "cpu"]
     return (
         "Medians [quartiles] over rounds in which all settings take turns. *prefill*: embedding, decoder layers, head "
-        "and all that pruning adds, without the vision tower. *speed-up*: against the unpruned model in the same "
-        "round. *MAC ratio*: what counted multiply-adds promise; *of the MAC ratio*: how much of it the speed-up "
+        "and all that the method computes itself, wherever it does (tower, projector, language model); *vision*: tower "
+        "and projector without it; *first token*: both. *method*: its own work, in a prefill of its own whose parts "
+        "are timed. *speed-up*: of the prefill, against the unpruned model in the same round. *MAC ratio*: what "
+        "counted multiply-adds promise, of the prefill in the same sense; *of the MAC ratio*: how much of it the "
+        "speed-up "
         "reaches. *overhead*: prefill / floor in the same round; the floor runs the same layers on the same lengths "
         "with the choice for free. Below 1 is possible: with early drop a pruning layer computes fewer rows than the "
         "floor. *end to end*: vision, prefill and the decode steps. *peak*: "

@@ -28,6 +28,7 @@ from sparsevlm.budget import check_budget
 from sparsevlm.methods._vision import VisionMethod
 from sparsevlm.methods.base import one_of
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision, find_towers
 
 
@@ -84,7 +85,8 @@ class Downsample(VisionMethod):
         if not encoding.groups:
             return None
         pixels = args[0] if args else kwargs["pixel_values"]
-        *others, last = [resized(pixels[group], tower, encoding.counts[group[0]]) for group in encoding.groups]
+        with part("pictures"):
+            *others, last = [resized(pixels[group], tower, encoding.counts[group[0]]) for group in encoding.groups]
         states = vision.scratch["states"] = []
         for small in others:
             x = module.pre_layrnorm(module.embeddings(small, interpolate_pos_encoding=True))

@@ -63,6 +63,7 @@ from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods._ficoco import VARIANTS, code_weights
 from sparsevlm.methods.base import Method, one_of
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
 
@@ -179,10 +180,11 @@ class FiCoCoL(Method):
         """Fold the discarded tokens into the kept ones."""
         if self.variant == "code":
             return hidden  # it was done within the layer
-        index, weights = (t.to(hidden.device) for t in prefill.scratch.pop("fold"))
-        tokens = take(hidden, index)
-        mixed = (tokens + weights.mT @ tokens.to(weights.dtype)) / (1 + weights.sum(1))[..., None]
-        return hidden.scatter(1, index[..., None].expand_as(tokens), mixed.to(hidden.dtype))
+        with part("recycling"):
+            index, weights = (t.to(hidden.device) for t in prefill.scratch.pop("fold"))
+            tokens = take(hidden, index)
+            mixed = (tokens + weights.mT @ tokens.to(weights.dtype)) / (1 + weights.sum(1))[..., None]
+            return hidden.scatter(1, index[..., None].expand_as(tokens), mixed.to(hidden.dtype))
 
 
 class _Additions:
@@ -203,10 +205,11 @@ class _Additions:
     def _add(self, i: int, norm: nn.Module, args: tuple[Tensor]) -> None:
         """Before the norm of the MLP: its input is the residual, too, and therefore changed in place."""
         if i in self.due:
-            index, weights = (t.to(args[0].device) for t in self.due.pop(i))
-            tokens = take(args[0], index)
-            tokens = (tokens + weights.mT @ tokens.to(weights.dtype)).to(tokens.dtype)
-            args[0].scatter_(1, index[..., None].expand_as(tokens), tokens)
+            with part("recycling"):
+                index, weights = (t.to(args[0].device) for t in self.due.pop(i))
+                tokens = take(args[0], index)
+                tokens = (tokens + weights.mT @ tokens.to(weights.dtype)).to(tokens.dtype)
+                args[0].scatter_(1, index[..., None].expand_as(tokens), tokens)
 
 
 def fold_weights(correlation: Tensor, kept: Tensor, discarded: Tensor, keep: list[int], epsilon: float) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsevlm.core.merging import Matching, merge_mean, merge_sum, survivors
+from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.vision import Encoding, Reduced, Tower, Vision
 
 
@@ -89,7 +90,8 @@ class Blocks:
             if tokens.count == 0:
                 continue  # a frame that gets no token
             if tokens.count < self.tower.patches:
-                self.method.block(self, i, layer, tokens)
+                with part("pictures"):
+                    self.method.block(self, i, layer, tokens)
             else:
                 tokens.x = self.mlp(layer, self.attend(layer, tokens))
         return self.tokens[0].x if len(self.tokens) == 1 else out
@@ -97,13 +99,15 @@ class Blocks:
     def attend(self, layer: nn.Module, tokens: Tokens, bias: Tensor | None = None) -> Tensor:
         """The first half of a layer, x + attention(norm(x)); `bias` [n, 1 + t] is added to the logits of each key."""
         mask = None if bias is None else bias[:, None, None].to(tokens.x.dtype)
-        x = tokens.x + layer.self_attn(hidden_states=layer.layer_norm1(tokens.x), attention_mask=mask)[0]
+        with part(None):  # the tower's work
+            x = tokens.x + layer.self_attn(hidden_states=layer.layer_norm1(tokens.x), attention_mask=mask)[0]
         tokens.queries, tokens.keys = self.projected.pop("q_proj"), self.projected.pop("k_proj")
         return x
 
     def mlp(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The second half, x + mlp(norm(x))."""
-        return x + layer.mlp(layer.layer_norm2(x))
+        with part(None):  # the tower's work
+            return x + layer.mlp(layer.layer_norm2(x))
 
     def reduced(self) -> list[Reduced]:
         """What is left, per group; CLS only where nothing was to be dropped of features that contain it."""

@@ -128,7 +128,8 @@ class Hooks:
     def _announce(self, ids: Tensor | None, kwargs: dict) -> None:
         """Tell the method whose pictures are about to be encoded: those of tokens that no cache holds yet."""
         if isinstance(ids, Tensor) and any(kwargs.get(name) is not None for name in _PIXELS[:-1]):
-            self.method.announce(self.attached, ids[:, seen_tokens(kwargs.get("past_key_values")) :])
+            with part("prompt"):
+                self.method.announce(self.attached, ids[:, seen_tokens(kwargs.get("past_key_values")) :])
 
     def _given(self, tokens: Tensor, cache) -> Tensor | None:
         """The caller's visual mask, for a call that starts a sequence; repeated for beams, extended by new tokens."""

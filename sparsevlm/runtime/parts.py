@@ -1,10 +1,13 @@
-"""Where the time of a pruned prefill goes: pruning's own work, named part by part.
+"""What a pruned prefill spends on pruning: the method's own work, named part by part.
 
-`with part("scores"):` stands around the places where that is done and does nothing unless somebody collects. The parts:
+`with part("scores"):` stands around every place where own work is done, wherever that is (vision tower, projector,
+language model), and does nothing unless somebody watches. Times (`collect`) and multiply-adds (`cost/counters.py`) are
+booked by the same marks: what is inside a part is the method's, everything else the model's. The parts:
 
-- "prompt": reading where visual tokens, text and padding are;
+- "prompt": reading where visual tokens, text and padding are, and what the question is;
+- "pictures": what a method that acts before the language model makes of the pictures' tokens: scores, choice, merging;
 - "raters": choosing the text tokens that rate, from the embeddings;
-- "scores": attention rows and what is made of them, without the keys, which the layer then does not compute again;
+- "scores": attention rows and what is made of them, with the queries and keys that the layer computes once more;
 - "selection": ranking the scores and counting what stays;
 - "recycling": clustering dropped tokens and merging them;
 - "gathering": moving the rows that stay, at the end also back into a sequence of full length;
@@ -13,11 +16,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
-PARTS = ("prompt", "raters", "scores", "selection", "recycling", "gathering", "masks")
+PARTS = ("prompt", "pictures", "raters", "scores", "selection", "recycling", "gathering", "masks")
+Watcher = Callable[[str | None], AbstractContextManager]
 
 
 class Clock(Protocol):
@@ -30,39 +34,67 @@ class Clock(Protocol):
     def wait(self) -> None: ...
 
 
-class _Marks:
-    """Moments at which another part began, with the part that ended there (None: nothing of pruning's)."""
+_watcher: Watcher | None = None
+_nothing = nullcontext()
 
-    def __init__(self, clock: Clock):
-        self.clock = clock
+
+def part(name: str | None) -> AbstractContextManager:
+    """Book what the block does as `name`; inside another part it counts for the inner one only.
+
+    None is work that is not pruning's: the layer is spared it, or would have done it without the method, too.
+    """
+    return _nothing if _watcher is None else _watcher(name)
+
+
+@contextmanager
+def watch(watcher: Watcher) -> Iterator[None]:
+    """Enter `watcher(name)` around everything that is done as part `name` inside the block, in this process.
+
+    Raises:
+        RuntimeError: inside another `watch` or `collect`.
+    """
+    global _watcher
+    if _watcher is not None:
+        raise RuntimeError("parts are being collected already; leave the other collect() first")
+    _watcher = watcher
+    try:
+        yield
+    finally:
+        _watcher = None
+
+
+class Marks:
+    """Moments at which another part began, with the part that ended there (None: nothing of pruning's).
+
+    `watch(marks.watch)` makes them. `only`: names of the parts to mark, None = all.
+    """
+
+    def __init__(self, clock: Clock, only: Collection[str] | None = None):
+        self.clock, self.only = clock, only
         self.inside: list[str | None] = [None]
         self.moments: list[tuple[str | None, Any]] = []
 
     def add(self) -> None:
         self.moments.append((self.inside[-1], self.clock.mark()))
 
+    def watch(self, name: str | None) -> AbstractContextManager:
+        other = name is not None and self.only is not None and name not in self.only
+        return _nothing if other or name == self.inside[-1] else self._within(name)
 
-_marks: _Marks | None = None
-_nothing = nullcontext()
+    @contextmanager
+    def _within(self, name: str | None) -> Iterator[None]:
+        self.add()
+        self.inside.append(name)
+        try:
+            yield
+        finally:
+            self.add()
+            self.inside.pop()
 
-
-def part(name: str | None) -> AbstractContextManager:
-    """Count what the block takes as `name`; inside another part it counts for the inner one only.
-
-    None is work that is not pruning's: the layer is spared it.
-    """
-    return _nothing if _marks is None else _inside(_marks, name)
-
-
-@contextmanager
-def _inside(marks: _Marks, name: str | None) -> Iterator[None]:
-    marks.add()
-    marks.inside.append(name)
-    try:
-        yield
-    finally:
-        marks.add()
-        marks.inside.pop()
+    def spans(self) -> list[tuple[str, Any, Any]]:
+        """Name, begin and end of each stretch of own work, in order."""
+        pairs = zip(self.moments, self.moments[1:], strict=False)
+        return [(name, start, end) for (_, start), (name, end) in pairs if name is not None]
 
 
 @contextmanager
@@ -73,18 +105,12 @@ def collect(clock: Clock) -> Iterator[dict[str, float]]:
         seconds per part, filled in when the block is left; parts that did not occur are missing.
 
     Raises:
-        RuntimeError: inside another `collect`.
+        RuntimeError: inside another `watch` or `collect`.
     """
-    global _marks
-    if _marks is not None:
-        raise RuntimeError("parts are being collected already; leave the other collect() first")
-    _marks = marks = _Marks(clock)
+    marks = Marks(clock)
     seconds: dict[str, float] = {}
-    try:
+    with watch(marks.watch):
         yield seconds
-    finally:
-        _marks = None
     clock.wait()
-    for (_, start), (name, end) in zip(marks.moments, marks.moments[1:], strict=False):
-        if name is not None:
-            seconds[name] = seconds.get(name, 0.0) + clock.elapsed_ms(start, end) / 1e3
+    for name, start, end in marks.spans():
+        seconds[name] = seconds.get(name, 0.0) + clock.elapsed_ms(start, end) / 1e3

@@ -77,6 +77,11 @@ class Stage(HasRows):
     rows: Block | Scattered
     computed: ModuleInputs | None = field(default=None, init=False, repr=False)
 
+    @property
+    def spared(self) -> bool:
+        """Whether `module` is handed the keys that scoring computes: it has not run yet, and no row goes before it."""
+        return self.module == self.layer and not self.prefill.method.scores_next
+
     def visual(self) -> Tensor:
         """[B, V, D] states of the visual tokens."""
         return self.rows.visual(self.hidden)
@@ -92,9 +97,10 @@ class Stage(HasRows):
         with torch.no_grad():
             made = self.module_inputs()
             cos, sin = self._tables()
-            with part(None):  # what the layer does not do again
+            certain = tail <= p.tail  # rows that are certain to be computed
+            with part(None if self.spared and certain else "scores"):
                 raw = attention.q_proj(made.normed[:, -tail:])
-            if tail <= p.tail:  # rows that are certain to be computed
+            if certain:
                 made.raw_queries = raw
             query = self.heads(raw, attention, "q_norm")
             query = p.family.rotate(query, cos[:, -tail:], sin[:, -tail:])
@@ -148,7 +154,7 @@ class Stage(HasRows):
         if self.computed is None:
             layer, rotate = self.prefill.family.decoder.layers[self.module], self.prefill.family.rotate
             normed = layer.input_layernorm(self.hidden)
-            with part(None):  # what the layer does not do again
+            with part(None if self.spared else "scores"):
                 raw = layer.self_attn.k_proj(normed)
             key = self.heads(raw, layer.self_attn, "k_norm")
             self.computed = ModuleInputs(self.module, normed, raw, rotate(key, *self._tables()))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.parts import part
 
 
 @dataclass(frozen=True)
@@ -322,12 +323,18 @@ class Vision:
     def _before_projector(self, module: nn.Module, args: tuple) -> tuple[Tensor] | None:
         if self.encoding is None or not self.encoding.groups or self.method.after_projector:
             return None
-        return (torch.cat([made.rows.flatten(0, 1) for made in self._make(args[0]).reduced]),)
+        with part("pictures"):
+            return (torch.cat([made.rows.flatten(0, 1) for made in self._make(args[0]).reduced]),)
 
     def _after_projector(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
         if self.encoding is None or not self.encoding.groups:
             self.encoding = None
             return None
+        with part("pictures"):
+            return self._projected(out)
+
+    def _projected(self, out: Tensor) -> Tensor:
+        """Rows of all pictures in full length: [pictures, N, D], zeros behind those that each one got."""
         if self.method.after_projector:
             out = torch.cat([made.rows.flatten(0, 1) for made in self._make(out).reduced])
         e, self.encoding, self.captured = self.encoding, None, {}

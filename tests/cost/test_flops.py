@@ -50,23 +50,26 @@ def test_13b_shapes():
     assert parts["llm_prefill"] == pytest.approx(formula_gmacs([636] * 40, 5120, 13824) + head, rel=1e-9)
 
 
-@pytest.mark.parametrize(("budget", "paper"), [(192, 2.14), (128, 1.72), (64, 1.30)])
-def test_pruned_7b_against_the_formula_and_the_paper(budget, paper):
+@pytest.mark.parametrize(("budget", "paper", "total"), [(192, 2.14, 2.135), (128, 1.72, 1.732), (64, 1.30, 1.315)])
+def test_pruned_7b_against_the_formula_and_the_paper(budget, paper, total):
+    """`total`: what this repository printed while the method's work was counted with the language model's."""
     counted = flops.run("llava-1.5-7b", "sparsevlm", budget, 118, early_drop=False)
     parts, formula = counted.gmacs, formula_gmacs(counted.lengths, 4096, 11008)
     assert formula / 1000 == pytest.approx(paper, abs=0.02)
-    overhead = parts["llm_prefill"] - HEAD_7B - formula  # raters' queries and scores, clustering, merging
-    assert 0 < overhead < 0.005 * formula
+    assert parts["llm_prefill"] == pytest.approx(formula + HEAD_7B, rel=1e-9)
+    assert 0 < parts["method"] < 0.005 * formula  # raters' scores, clustering, merging
+    assert flops.prefill_gmacs(parts) / 1000 == pytest.approx(total, abs=0.0005)
     assert parts["decode"] == pytest.approx(decode_gmacs(counted.lengths, 4096, 11008, 32064), rel=1e-6)
 
 
 def test_early_drop_computes_less_and_random_nothing_extra():
     plain = count("mini", "sparsevlm", 64, text_tokens=12, early_drop=False)
     early = count("mini", "sparsevlm", 64, text_tokens=12, early_drop=True)
-    assert early["llm_prefill"] < 0.98 * plain["llm_prefill"]
+    assert early["llm_prefill"] < 0.98 * plain["llm_prefill"] and early["method"] == plain["method"] > 0
     assert early["decode"] == pytest.approx(plain["decode"], rel=1e-6)
-    random = count("mini", "random", 64, text_tokens=12)["llm_prefill"]
-    assert random == pytest.approx(formula_gmacs([76] * 12, 192, 512) + 192 * 64 / 1e9, rel=1e-3)
+    random = count("mini", "random", 64, text_tokens=12)
+    assert random["llm_prefill"] == pytest.approx(formula_gmacs([76] * 12, 192, 512) + 192 * 64 / 1e9, rel=1e-3)
+    assert random["method"] == 0
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,8 @@ def test_the_floor_is_the_formula_of_its_lengths(model):
     formula = formula_gmacs(counted.lengths, text.hidden_size, text.intermediate_size)
     assert flops.split(by_module, net)["llm_prefill"] == pytest.approx(formula + head, rel=1e-9)
     assert [layer.keys.shape[2] for layer in prefill.cache.layers] == counted.lengths
-    assert 1 < counted.gmacs["llm_prefill"] / (formula + head) < 1.02
+    assert counted.gmacs["llm_prefill"] == pytest.approx(formula + head, rel=1e-9)
+    assert 0 < counted.gmacs["method"] / (formula + head) < 0.02
 
 
 def test_clustering_counts_its_distances():
@@ -156,7 +160,8 @@ def test_clustering_counts_its_distances():
     with_recycling = flops.run("mini", "sparsevlm", None, 20, **options, keep=(244,))
     without = flops.run("mini", "sparsevlm", None, 20, **options, keep=(244 + merged,), recycle=0)
     assert with_recycling.lengths == without.lengths
-    extra = with_recycling.gmacs["llm_prefill"] - without.gmacs["llm_prefill"]
+    extra = with_recycling.gmacs["method"] - without.gmacs["method"]
+    assert with_recycling.gmacs["llm_prefill"] == pytest.approx(without.gmacs["llm_prefill"], rel=1e-9)
     assert extra == pytest.approx((pool * pool + merged * pool) * 192 / 1e9, rel=1e-6)
 
 
@@ -216,7 +221,7 @@ def test_prompt_layout():
 def test_the_command_prints_a_table(capsys):
     flops.main(["--model", "mini", "--method", "none", "sparsevlm", "--budget", "64", "--text-tokens", "12"])
     out = capsys.readouterr().out
-    prefill = count("mini", "sparsevlm", 64, text_tokens=12)["llm_prefill"]
+    prefill = flops.prefill_gmacs(count("mini", "sparsevlm", 64, text_tokens=12))
     assert "12 non-visual tokens" in out
     assert f"| mini | sparsevlm | 64 | 111.1 | 64.0 | {prefill:,.2f} | {2 * prefill:,.2f} |" in out
     assert "| mini | none | full | 576.0 | 576.0 |" in out

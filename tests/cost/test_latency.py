@@ -44,6 +44,9 @@ def test_rows_say_what_was_measured(model):
         spent = [row["rounds"][f"{name}_ms"] for name in ("vision", "prefill", "decode", "end_to_end")]
         for vision, prefill, decode, total in zip(*spent, strict=True):
             assert total == pytest.approx(vision + prefill + 2 * decode)
+        assert row["rounds"]["first_token_ms"] == pytest.approx([v + p for v, p in zip(*spent[:2], strict=True)])
+        ratios = np.divide(row["rounds"]["first_token_ms"], rows[1]["rounds"]["first_token_ms"])
+        assert row["first_token_ratio"]["median"] == pytest.approx(np.median(ratios))
     for row in (rows[0], rows[2]):
         ratios = np.divide(row["rounds"]["prefill_ms"], row["rounds"]["floor_ms"])
         assert row["overhead"]["median"] == pytest.approx(np.median(ratios))
@@ -115,6 +118,32 @@ def test_a_slow_part_shows_where_it_is_and_nowhere_else(model, monkeypatch):
         found = seconds("random")
         hook.remove()
         assert found.pop("vision") >= SLOW and max(found.values()) < SLOW
+
+
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [("divprune", "reduce"), ("vispruner", "reduce"), ("tome", "block"), ("folder", "encode"), ("aim", "_group")],
+)
+def test_what_a_vision_method_computes_is_in_its_prefill_and_its_own_part(model, monkeypatch, method, where):
+    """Wherever it does it: in the tower (tome), before the projector (folder, vispruner, aim), after it (divprune)."""
+    kind = type(sparsevlm.build(method, budget=8))
+    monkeypatch.setattr(kind, where, slept(getattr(kind, where)))
+    row = measure(model, [("none", "full", {}), (method, 8, {})], 14, repeats=1, warmup=1, decode_tokens=1)[1]
+    for name in ("prefill_ms", "method_ms", "first_token_ms"):
+        assert row[name]["median"] >= 1000 * SLOW, name
+    assert row["parts_ms"]["pictures"]["median"] >= 1000 * SLOW
+    assert max(row[name]["median"] for name in ("vision_ms", "decode_ms", "floor_ms")) < 1000 * SLOW
+
+
+@pytest.mark.parametrize("method", ["tome", "ficoco_v", "downsample"])
+def test_what_the_tower_computes_for_a_vision_method_is_the_towers(model, method):
+    """Also where the method has the tower's modules compute its tokens."""
+    layer = model.model.vision_tower.encoder.layers[0]
+    hook = layer.mlp.register_forward_pre_hook(lambda *_: time.sleep(SLOW))
+    row = measure(model, [("none", "full", {}), (method, 8, {})], 14, repeats=1, warmup=1, decode_tokens=1)[1]
+    hook.remove()
+    assert row["vision_ms"]["median"] >= 1000 * SLOW
+    assert max(row[name]["median"] for name in ("prefill_ms", "method_ms", "decode_ms")) < 1000 * SLOW
 
 
 def test_decode_is_per_token(model):

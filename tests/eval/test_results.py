@@ -143,9 +143,12 @@ class TestFiles:
     def test_cost_is_that_of_the_median_question(self, written, run):
         counted = count(str(run.checkpoint), "sparsevlm", 64, 11, raters="all")
         assert written[0]["cost"] == {
-            "text_tokens": 11, "prefill_gmacs": counted["llm_prefill"], "vision_gmacs": counted["vision"],
-            "projector_gmacs": counted["projector"], "decode_gmacs_per_token": counted["decode"],
+            "text_tokens": 11, "prefill_gmacs": counted["llm_prefill"] + counted["method"],
+            "method_gmacs": counted["method"], "vision_gmacs": counted["vision"],
+            "projector_gmacs": counted["projector"], "first_token_gmacs": pytest.approx(sum(counted.values())
+            - counted["decode"]), "decode_gmacs_per_token": counted["decode"],
         }  # fmt: skip
+        assert counted["method"] > 0
 
 
 def test_what_cannot_be_counted_is_null_and_says_why(tmp_path):

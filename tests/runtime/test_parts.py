@@ -62,7 +62,7 @@ def test_collecting_ends_with_the_block_also_after_an_error():
     assert part("scores") is part("masks")  # nothing is made where nobody collects
     with collect(FakeClock()), pytest.raises(RuntimeError, match="already"), collect(FakeClock()):
         pass
-    assert parts._marks is None
+    assert parts._watcher is None
 
 
 def slowdowns(method) -> dict[str, tuple[object, str]]:
@@ -78,7 +78,7 @@ def slowdowns(method) -> dict[str, tuple[object, str]]:
 
 
 @pytest.mark.parametrize("options", EARLY_DROP)
-@pytest.mark.parametrize("name", [*PARTS[1:], None])
+@pytest.mark.parametrize("name", [*PARTS[2:], None])
 @torch.no_grad()
 def test_a_slowdown_shows_in_its_part_only(name, options, monkeypatch):
     model, clock = llava(layers=6), FakeClock()
@@ -103,4 +103,38 @@ def test_every_part_occurs(options):
     x, _ = inputs("one", model)
     with sparsevlm.build("sparsevlm", layers=(1, 3), keep=(18, 7), **options)(model), collect(clock) as seconds:
         model(**x)
-    assert {*seconds} == {*PARTS}
+    assert {*seconds} == {*PARTS} - {"pictures"}
+
+
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [("divprune", "reduce"), ("vispruner", "reduce"), ("tome", "block"), ("aim", "_group")],
+)
+@torch.no_grad()
+def test_work_in_the_tower_or_at_the_projector_is_the_methods(method, where, monkeypatch):
+    """And the layers that compute its tokens are the tower's."""
+    model, clock = llava(layers=6), FakeClock()
+    x, _ = inputs("one", model)
+    method = sparsevlm.build(method, budget=8)
+    monkeypatch.setattr(type(method), where, clock.slowed(getattr(type(method), where), 5))
+    layer = model.model.vision_tower.encoder.layers[0]
+    monkeypatch.setattr(layer.mlp, "forward", clock.slowed(layer.mlp.forward, 100))
+    with method(model), collect(clock) as seconds:
+        model(**x)
+    assert {key: value for key, value in seconds.items() if value} == {"pictures": 0.005}
+
+
+@torch.no_grad()
+def test_what_is_computed_twice_is_the_methods():
+    """PyramidDrop scores by keys of the next layer, which computes them again; FastV's are handed on."""
+    for name, options, own in (
+        ("fastv", {"k": 2, "keep": 9}, 0),
+        ("pyramiddrop", {"layers": (1,), "ratios": (0.5,)}, 5),
+    ):
+        model, clock = llava(layers=6), FakeClock()
+        x, _ = inputs("one", model)
+        scored = model.model.language_model.layers[1 if name == "fastv" else 2].self_attn.k_proj
+        scored.forward = clock.slowed(scored.forward, 5)
+        with sparsevlm.build(name, **options)(model), collect(clock) as seconds:
+            model(**x)
+        assert seconds["scores"] == pytest.approx(own / 1000), name

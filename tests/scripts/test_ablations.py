@@ -137,7 +137,7 @@ def test_no_separation_without_controls_or_types(tmp_path):
 def test_the_efficiency_of_7b_has_counts_times_and_the_papers_numbers(tmp_path):
     options = {k: v for k, v in asdict(sparsevlm.build("fastv", budget=64)).items() if k != "budget"}
     row = {"method": "fastv", "budget": 64, "text_tokens": 118, "entering": 66.0, "leaving": 64.0, "options": options}
-    row["llm_prefill"] = 1212.0
+    row["prefill_gmacs"] = 1212.0
     about = {"schema": 1, "task": "flops", "model": "llava_1_5_7b", "config_hash": "f", "n": 1, **folders.ABOUT}
     folders.write(tmp_path / "runs" / "flops__llava_1_5_7b__f", {}, {**about, "rows": [row]}, [])
     cells = {(r[0], r[1]): r for r in efficiency_paper(read_runs(tmp_path)).texts}
