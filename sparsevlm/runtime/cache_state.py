@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,14 @@ def state_of(cache) -> CacheState:
     if getattr(cache, "sparsevlm", None) is None:
         cache.sparsevlm = CacheState()
     return cache.sparsevlm
+
+
+def earlier_state(cache) -> CacheState | None:
+    """A copy of the pruning state of a cache, which later changes leave alone; None if it has none."""
+    state: CacheState | None = getattr(cache, "sparsevlm", None)
+    if state is None:
+        return None
+    return replace(state, starts=list(state.starts), segments=[replace(s) for s in state.segments])
 
 
 def cached_length(cache, layer: int) -> int:

@@ -14,7 +14,14 @@ from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.recycling import recycled_counts
 from sparsevlm.core.scores import causal_bias, rank_by_score
 from sparsevlm.runtime import records
-from sparsevlm.runtime.cache_state import cached_length, extended, report_seen_tokens, state_of
+from sparsevlm.runtime.cache_state import (
+    Segment,
+    cached_length,
+    earlier_state,
+    extended,
+    report_seen_tokens,
+    state_of,
+)
 from sparsevlm.runtime.decision import Decision
 from sparsevlm.runtime.early import can_drop_early, drop_early
 from sparsevlm.runtime.families import Family
@@ -36,6 +43,7 @@ class Prefill(HasRows):
         tokens: rows per sample, padding excluded.
         source: [B, L] int64, index of each row in the call's input; None = the row's own.
         merged_sources: per stage so far the `source` [B, n] of its merged tokens (-1 = none).
+        earlier: pruning state of the cache as earlier turns left it; None = they left none.
         tables: [1 or B, L, 2 d] cos and sin side by side of the current rows; None = those of the call.
         key_mask: [B, cached + L] bool of the current segment, None = no padding.
         attached: what `method.attach` made of the model.
@@ -59,6 +67,7 @@ class Prefill(HasRows):
         self.schedules = [
             method.schedule(n, layers, attached) if n else Schedule(0, layers, (), (), (), ()) for n in self.n_visual
         ]
+        self._check_something_stays()
         self.points = sorted({layer for s in self.schedules for layer in s.layers})
         self.text_valid = None if prompt.text.all() else torch.from_numpy(prompt.text).to(device)
         self.source: Tensor | None = None
@@ -66,6 +75,7 @@ class Prefill(HasRows):
         self.call_positions, self.call_rope = kwargs["position_ids"], kwargs["position_embeddings"]
         self.tables: Tensor | None = None
         self.key_mask = key_mask if prompt.padded else None
+        self.earlier = earlier_state(cache)
         self.raters: Tensor | None = None
         self.weights: Tensor | None = None
         self.handed: Handed | None = None  # what scoring computed of the layer that comes next
@@ -77,6 +87,15 @@ class Prefill(HasRows):
         self.record = PrefillRecord(list(prompt.n_visual), list(self.tokens), family.n_layers)
         with part("raters"):
             method.begin(self, hidden)
+
+    def _check_something_stays(self) -> None:
+        """Raise ValueError if a prompt would lose all of its tokens."""
+        for schedule, n, tokens in zip(self.schedules, self.n_visual, self.tokens, strict=True):
+            if n == tokens and 0 in schedule.after:
+                raise ValueError(
+                    f"method {self.method.name!r} drops all visual tokens in the end, and a prompt of nothing else is "
+                    "in the batch. Use prompts with text, or a method that keeps some"
+                )
 
     # ---- for methods -----------------------------------------------------------------------------------------------
     @property
@@ -259,8 +278,10 @@ class Prefill(HasRows):
         real = self.numbers[: self.length] >= column(padding, self.device) if any(padding) else None
         cached = cached_length(self.cache, layer)
         segment = state_of(self.cache).split(layer) if self.cache is not None else None
-        old, shift = (segment.key_mask, segment.shift) if cached else (None, 0)
-        self.key_mask = extended(old, cached, real, self.batch, self.length, hidden.device)
+        # not of `segment`: a new one begins with what this call has made of the one before
+        before = self.earlier.at(layer) if cached and self.earlier is not None else Segment()
+        shift = before.shift
+        self.key_mask = extended(before.key_mask, cached, real, self.batch, self.length, hidden.device)
         if layer == 0 and segment is not None:
             state = state_of(self.cache)
             state.dropped_at_input = (state.dropped_at_input or 0) + self.prompt.length - self.length
