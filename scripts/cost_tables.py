@@ -44,8 +44,8 @@ def efficiency_paper(runs: Sequence[Run]) -> Table:
         "Cost of LLaVA-1.5-7B. Tokens: mean visual tokens that enter a layer (what is computed) and that leave it (the "
         f"budget as the authors count it). Accuracy: averages as in {edition.name}, published (paper | rerun) and "
         "ours. KV cache of the visual tokens in MB, prefill of the language model in ms (the paper: A100-80GB) and "
-        f"multiply-adds of the language model in TMACs (the paper calls them TFLOPs) at {TEXT_TOKENS} text tokens: ours | paper. The "
-        "paper's cache sizes are tokens times a constant, not measured (†). "
+        f"multiply-adds of the language model in TMACs (the paper calls them TFLOPs) at {TEXT_TOKENS} text tokens: "
+        "ours | paper. The paper's cache sizes are tokens times a constant, not measured (†). "
         f"{NOT_RUN}: nobody ran it here; {_COUNT} counts, {_TIME} times."
     )
     columns = ["method", "tokens", "entering", "leaving", *(accuracy.columns[i] for i in averages), "KV cache MB"]

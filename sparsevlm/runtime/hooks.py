@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from sparsevlm.core.packing import take
 from sparsevlm.runtime.cache_state import (
     CacheState,
     cached_length,
@@ -104,7 +105,7 @@ class Hooks:
             prompt = args[0] if prompt is None and args else prompt
             self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.dim() > 1 else None
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            self._announce(ids, kwargs)
+            self._announce(_new_tokens(ids, kwargs), kwargs)
             try:
                 return original(*args, **kwargs)
             finally:
@@ -126,10 +127,10 @@ class Hooks:
             self.visual = sum(ids == i for i in self.family.visual_ids).bool()
 
     def _announce(self, ids: Tensor | None, kwargs: dict) -> None:
-        """Tell the method whose pictures are about to be encoded: those of tokens that no cache holds yet."""
+        """Tell the method whose pictures are about to be encoded: those of `ids`, tokens that no cache holds yet."""
         if isinstance(ids, Tensor) and any(kwargs.get(name) is not None for name in _PIXELS[:-1]):
             with part("prompt"):
-                self.method.announce(self.attached, ids[:, seen_tokens(kwargs.get("past_key_values")) :])
+                self.method.announce(self.attached, ids)
 
     def _given(self, tokens: Tensor, cache) -> Tensor | None:
         """The caller's visual mask, for a call that starts a sequence; repeated for beams, extended by new tokens."""
@@ -225,8 +226,8 @@ class Hooks:
     def _on_output(self, module: nn.Module, args: tuple, out):
         """Give the caller a sequence of the length it passed in (zeros where tokens were dropped).
 
-        Of a prompt that ends with an image whose last token was dropped, the last survivor takes the last place: that
-        is where the next token is read.
+        Of a prompt that ends with an image whose last token was dropped, the last survivor stands in the last place,
+        too: that is where the next token is read.
         """
         prefill, self.prefill, self.step = self.prefill, None, None
         if prefill is None or prefill.source is None:  # no row has moved
@@ -238,12 +239,13 @@ class Hooks:
         with part("gathering"):
             full = hidden.new_zeros(hidden.shape[0], prefill.prompt.length, hidden.shape[2])
             source = prefill.source.to(hidden.device)
-            if not prefill.prompt.text.any(1).all():
-                end = column([prefill.prompt.length - 1 - n for n in prefill.prompt.trailing], hidden.device)
-                there = source == end if real is None else (source == end) & real.to(end.device)
-                dropped = ~there.any(1, keepdim=True)
-                source = torch.cat([source[:, :-1], torch.where(dropped, end, source[:, -1:])], 1)
             out.last_hidden_state = full.scatter_add_(1, source[..., None].expand_as(hidden), hidden)
+            if not prefill.prompt.text.any(1).all():
+                end = column(prefill.prompt.last, hidden.device)
+                before = source <= end if real is None else (source <= end) & real.to(end.device)
+                row = torch.where(before, torch.arange(source.shape[1], device=end.device), 0).amax(1, keepdim=True)
+                place = end[..., None].expand(-1, -1, hidden.shape[2])
+                full.scatter_(1, place, take(hidden, row))
         return out
 
     # ---- what scoring has computed already -------------------------------------------------------------------------
@@ -272,3 +274,15 @@ class Hooks:
     def _handed(self, i: int, name: str) -> Tensor | None:
         handed = self.prefill.handed if self.prefill is not None else None
         return handed.outputs.get(name) if handed is not None and handed.layer == i else None
+
+
+def _new_tokens(ids: Tensor | None, kwargs: dict) -> Tensor | None:
+    """Of the ids given to generate(), those that no cache holds yet.
+
+    They are all of the conversation, or, if the attention mask is longer, the new ones (transformers' generate
+    `_prefill`). A forward is always given the new ones.
+    """
+    mask = kwargs.get("attention_mask")
+    if not isinstance(ids, Tensor) or (isinstance(mask, Tensor) and mask.shape[-1] != ids.shape[1]):
+        return ids
+    return ids[:, seen_tokens(kwargs.get("past_key_values")) :]

@@ -22,6 +22,7 @@ class Prompt:
         tail: number of positions after the last visual token, the largest of the batch: the columns of `text`.
         text: [B, tail] bool, tokens of the prompt after its last visual token (right-aligned with the sequence).
         padded: whether anything, also in earlier turns, is padding.
+        last: position of the prompt's last token, per sample.
     """
 
     length: int
@@ -32,6 +33,7 @@ class Prompt:
     tail: int
     text: np.ndarray
     padded: bool
+    last: list[int]
 
     @property
     def counts(self) -> list[int]:
@@ -95,4 +97,5 @@ def read_prompt(
     droppable = host & text.any(1)[:, None] if needs_text else host
     if not droppable.any():
         return None
-    return Prompt(length, past, droppable, real, n_visual, tail, text, not mask.all())
+    ends = np.where(real & (np.arange(length) < (length if limit is None else limit)), np.arange(length), 0).max(1)
+    return Prompt(length, past, droppable, real, n_visual, tail, text, not mask.all(), ends.tolist())
