@@ -23,6 +23,10 @@ launcher ?=
 out ?= outputs/mini
 minutes ?= 90
 
+# For `make fuzz`: how many cases, and the seed of the first of them. args=--resume goes on where the last run stopped.
+cases ?= 200
+seed ?= 0
+
 # Where runs, tables and figures go.
 results ?= results
 # Anything more for the command behind a target: make reproduce args=limit=64 results=outputs/results
@@ -33,7 +37,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export MPLBACKEND := Agg
 
-.PHONY: help setup reproduce test test-all lint flops latency tables figures report paper notebooks sweep retrain \
+.PHONY: help setup reproduce test test-all fuzz lint flops latency tables figures report paper notebooks sweep retrain \
 	browser clean
 
 help: ## list the targets
@@ -69,6 +73,9 @@ browser:
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 		apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 		echo "no Chromium, and none could be installed: the report's test in a browser will not check" >&2
+
+fuzz: setup ## random models, methods, prompts and ways of running against a masked model: make fuzz cases=10000
+	@$(RUN) -m tests.fuzz --cases $(cases) --seed $(seed) $(args)
 
 lint: setup ## check style
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
