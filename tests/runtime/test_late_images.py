@@ -6,9 +6,10 @@ from itertools import product
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import sparsevlm
-from tests.tiny import EARLY_DROP, GENERATE, llava, logits, pad, prompt, same
+from tests.tiny import EARLY_DROP, GENERATE, inputs, llava, logits, pad, prompt, same
 
 LAYERS, KEEP = (1, 3, 5), (18, 10, 5)
 METHODS = {
@@ -49,3 +50,20 @@ def test_padded_text_first_then_images_batch_equals_singles(name, options):
             one = torch.tensor([row])
             alone = chat(model, one, torch.ones_like(one), turn[b : b + 1], pixels[b : b + 1])
             same(logits(together)[b], logits(alone)[0])
+
+
+@pytest.mark.parametrize("name,options", [case for case in CASES if case[0] != "random"])
+@torch.no_grad()
+def test_words_in_an_earlier_call_equal_the_prompt_in_one(name, options):
+    """They lie before the image, so nothing is decided otherwise: each survivor has the place it has in one call."""
+    model = llava()
+    x, _ = inputs("one", model)
+    with METHODS[name](**options)(model) as trace:
+        want = model(**x).logits[:, -1]
+        cache = DynamicCache()
+        model(input_ids=x["input_ids"][:, :3], past_key_values=cache)
+        rest = model(input_ids=x["input_ids"][:, 3:], pixel_values=x["pixel_values"], past_key_values=cache)
+    whole, late = trace.prefills
+    for a, b in zip(whole.stages, late.stages, strict=True):
+        assert torch.equal(a.kept[0], b.kept[0])
+    same(rest.logits[:, -1], want)
