@@ -73,7 +73,7 @@ def read_prompt(
     Returns:
         None if no sample has anything to drop.
     """
-    batch, length = visual.shape
+    batch, length = map(int, visual.shape)  # numbers also where a tracer makes tensors of sizes
     if key_mask is None or key_mask.device.type == "meta":
         host, mask = visual.cpu().numpy(), np.ones((batch, length), bool)
     elif key_mask.device == visual.device:
@@ -81,21 +81,16 @@ def read_prompt(
         host, mask = both[:, :length], both[:, length:]
     else:
         host, mask = visual.cpu().numpy(), key_mask.cpu().numpy()
-    real = mask[:, -length:]
-    host = host & real
-    if limit is not None:
-        host = host & (np.arange(length) < limit)
+    asked = mask[:, -length:] & (np.arange(length) < (length if limit is None else int(limit)))  # real, of the prompt
+    host = host & asked
     n_visual = host.sum(1).tolist()
     if not any(n_visual):
         return None
     last = np.where(host, np.arange(length), -1).max(1)
     tail = int(length - 1 - last[np.array(n_visual) > 0].min())
-    text = real & (np.arange(length) > last[:, None])
-    if limit is not None:
-        text &= np.arange(length) < limit
-    text = text[:, length - tail :]
+    text = (asked & (np.arange(length) > last[:, None]))[:, length - tail :]
     droppable = host & text.any(1)[:, None] if needs_text else host
     if not droppable.any():
         return None
-    ends = np.where(real & (np.arange(length) < (length if limit is None else limit)), np.arange(length), 0).max(1)
-    return Prompt(length, past, droppable, real, n_visual, tail, text, not mask.all(), ends.tolist())
+    ends = np.where(asked, np.arange(length), 0).max(1)
+    return Prompt(length, past, droppable, mask[:, -length:], n_visual, tail, text, not mask.all(), ends.tolist())
