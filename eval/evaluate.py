@@ -234,6 +234,7 @@ def _score(job: Job, loaded: Loaded, tasks: dict[str, _Questions], requests: Seq
     contents = files(
         run, samples, metrics, answers, excluded, command, loaded.about(names), loaded.not_scored(names, job.not_judged)
     )
+    contents |= loaded.files(samples)
     job.folder.publish(contents, keep_answers=bool(loaded.task.judge))
 
 

@@ -5,6 +5,7 @@ metrics.json   what came out (schema 1, below)
 judge.jsonl    only where a language model judged: its replies, by the hash of what it was asked
 ledger.jsonl   only of tasks that are judged: the answers, so that another judge, or a later one, need not ask again
 excluded.jsonl only with on_error=record, if a question could not be answered: doc_id, question, error; one per line
+submission.json only of test splits whose answers a server keeps: the file that it takes
 samples.jsonl  one line per question: doc_id, question, question_type, target, answer, scores {metric: number},
                input_tokens, output_tokens, visual, entering, leaving, seconds
 env.json       versions of all packages, hardware, commit, command, date

@@ -1,8 +1,9 @@
 """The tasks that `eval.run` knows.
 
 A task is one of lmms-eval's, or a YAML under this folder. What this project changes about it (the papers' prompt, whole
-groups under a limit, a headline that lmms-eval does not aggregate) is in `benchmarks.py`, and what becomes of the
-answers in `scores.py`. `loading.py` builds it and looks for everything that can be wrong before a model is loaded.
+groups under a limit, a headline that lmms-eval does not aggregate) is in `benchmarks.py` and `further.py`; what is read
+out of an answer in `readings.py`, and what becomes of it in `scores.py`. `loading.py` builds a task and looks for
+everything that can be wrong before a model is loaded.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from eval.errors import UserError, unknown
 from eval.tasks.base import SCALES, Task, TaskSettings
 from eval.tasks.benchmarks import BENCHMARKS
 from eval.tasks.folders import FOLDER, cache_dir
+from eval.tasks.further import FURTHER
 from eval.tasks.generated import GENERATED
 
 __all__ = ["FOLDER", "SCALES", "TASKS", "Task", "TaskSettings", "cache_dir", "load", "task_settings"]
 
-TASKS = {task.name: task for task in (*GENERATED, *BENCHMARKS)}
+TASKS = {task.name: task for task in (*GENERATED, *BENCHMARKS, *FURTHER)}
 
 
 def task_settings(config: Mapping) -> TaskSettings:

@@ -14,16 +14,25 @@ def _none(value) -> bool:
     return value is None or value != value or str(value).lower() in ("nan", "none", "")
 
 
-def mmbench_prompt(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
-    """The question as LLaVA's `model_vqa_mmbench.py` puts it; lmms-eval adds "There are several options:" and puts the
-    hint on the question's line."""
+def _mmbench_prompt(doc: dict, end: str) -> str:
     lines = [] if _none(doc["hint"]) else [doc["hint"]]
     lines.append(doc["question"])
     for letter in _MMBENCH_LETTERS:
         if _none(doc.get(letter)):
             break
         lines.append(f"{letter}. {doc[letter]}")
-    return "\n".join([*lines, "Answer with the option's letter from the given choices directly."])
+    return "\n".join([*lines, end])
+
+
+def mmbench_prompt(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
+    """The question as LLaVA's `model_vqa_mmbench.py` puts it; lmms-eval adds "There are several options:" and puts the
+    hint on the question's line."""
+    return _mmbench_prompt(doc, "Answer with the option's letter from the given choices directly.")
+
+
+def mmbench_cn_prompt(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
+    """The same with `--lang cn`."""
+    return _mmbench_prompt(doc, "请直接回答选项字母。")
 
 
 class GqaPictures:

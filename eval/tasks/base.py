@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from eval.errors import UserError, unknown
 
 #: scale of a metric -> what its value is multiplied by in the papers' tables.
-SCALES = {"fraction": 100.0, "percent": 1.0, "points": 1.0}
+SCALES = {"fraction": 100.0, "percent": 1.0, "points": 1.0, "count": 1.0}
 EXACT_MATCH = "exact_match"
 NO_JUDGE = "no language model was named to judge: task.judge=<model>, or SPARSEVLM_JUDGE"
 
@@ -56,10 +56,11 @@ class Task:
         until: strings at which an answer ends. None of the benchmarks' authors cuts answers; what lmms-eval puts in
             where a task names none (a blank line) cuts MM-Vet's and the videos' answers short.
         score: makes the samples' scores plain numbers, in place, and returns the metrics that are ours.
+        files: makes further files of a run folder, name -> content, of the samples.
         group: what makes questions belong together, from columns of the data: a limit never cuts a group.
         columns: that `group` reads.
         interleave: order the data so that groups take turns (for data sorted by split), rather than whole groups.
-        judge: how answers are judged by a language model: "video_qa", "mmvet" or None.
+        judge: how answers are judged by a language model: a key of `eval.judgements.JUDGEMENTS`, or None.
         video: questions are about videos; unless generated, these are files, looked for before a model is loaded.
         version: changes when the same settings would ask or score differently; part of a run's identity.
         note: what to know when comparing with the papers.
@@ -75,6 +76,7 @@ class Task:
     overrides: Callable[[TaskSettings], dict] = lambda settings: {}
     until: tuple[str, ...] = ()
     score: Callable[[Sequence[dict]], dict[str, float]] = lambda samples: {}
+    files: Callable[[Sequence[dict], TaskSettings], dict[str, str]] = lambda samples, settings: {}
     group: Callable[..., Hashable] | None = None
     columns: tuple[str, ...] = ()
     interleave: bool = False

@@ -95,7 +95,7 @@ def _judged(kind: str, **more) -> Callable[[TaskSettings], dict]:
         from eval.judge import judge_of, scorer
 
         judge = judge_of(settings.options)
-        scores = {"video_qa": ["gpt_accuracy", "gpt_score"], "mmvet": ["gpt_eval_score"]}[kind]
+        scores = {"video_qa": ["gpt_accuracy", "gpt_score"], "mmvet": ["gpt_eval_score"]}.get(kind, [])
         return {
             **more,
             "process_results": scorer(kind, judge, int(settings.options.get("judge_runs", 1))),

@@ -83,6 +83,10 @@ class Loaded:
         ordered = {headline: metrics.pop(headline), **metrics}
         return {f"{k},none": v for k, v in ordered.items()}
 
+    def files(self, samples: Sequence[dict]) -> dict[str, str]:
+        """Further files of the run's folder, name -> content."""
+        return self.task.files(samples, self.settings)
+
     def _headline(self, found: Collection[str]) -> str:
         """The metric for the tables, of those that were found."""
         headline = self.task.headline(self.settings)

@@ -140,6 +140,38 @@ def judge_runs(samples: Sequence[dict]) -> dict[str, float]:
     return {name: fmean(s[name] for s in samples) for name in runs}
 
 
+def llava_bench(samples: Sequence[dict]) -> dict[str, float]:
+    """Sum of the model's ratings over the sum of GPT-4's, in percent, of all questions and of each kind, as in LLaVA's
+    summarize_gpt_review.py; nothing where no judge rated."""
+    rated = defaultdict(list)
+    for s in samples:
+        if "rating" in s:
+            for kind in ("all", s["doc"]["category"]):
+                rated[kind].append((s["rating"], s["gpt4_rating"]))
+    sums = {kind: [sum(values) for values in zip(*pairs, strict=True)] for kind, pairs in rated.items()}
+    return {f"gpt_eval_llava_{kind}": 100 * ours / gpt4 if gpt4 else 0.0 for kind, (ours, gpt4) in sums.items()}
+
+
+def dictionaries(name: str) -> Callable[[Sequence[dict]], dict[str, float]]:
+    """For tasks whose results are dictionaries with a "score": the mean."""
+
+    def score(samples: Sequence[dict]) -> dict[str, float]:
+        keep(samples, (name,), lambda s, r: {name: float(r["score"])})
+        return {name: fmean(s[name] for s in samples)}
+
+    return score
+
+
+def mmstar(samples: Sequence[dict]) -> dict[str, float]:
+    """Mean over the kinds of question of their accuracies; a limit may leave kinds out."""
+    categories = {s["doc"]["category"] for s in samples}
+    keep(samples, ("average", *sorted(categories)), lambda s, r: {"correct": float(r["score"])})
+    kinds = defaultdict(list)
+    for s in samples:
+        kinds[s["doc"]["l2_category"]].append(s["correct"])
+    return {"average": fmean(map(fmean, kinds.values())), "correct": fmean(s["correct"] for s in samples)}
+
+
 def videomme(samples: Sequence[dict]) -> dict[str, float]:
     """In percent, and the three lengths of video apart, which lmms-eval only logs."""
     keep(samples, ("videomme_perception_score",), lambda s, r: {"videomme_perception_score": 100.0 * r["score"]})

@@ -78,6 +78,9 @@ def write_video(path: Path, seed: int = 0, frames: int = FRAMES, codec: str = "l
 def build(home: Path) -> Path:
     """Write everything below `home`, to be used as HF_HOME."""
     home = Path(home)
+    from tests.eval.benchmarks import hub_cache_further
+
+    hub_cache_further.build(home)
     _pictures(home)
     _multiple_choice(home)
     _videos(home)
@@ -174,7 +177,10 @@ def _pictures(home: Path) -> None:
         )
         for i in range(3)
     ]
-    write_dataset(home, f"{_ORG}/VQAv2", None, {"validation": rows}, schema)
+    test = [
+        {**row, "answers": None, "multiple_choice_answer": None, "question_id": 20 + i} for i, row in enumerate(rows)
+    ]
+    write_dataset(home, f"{_ORG}/VQAv2", None, {"validation": rows, "testdev": test}, schema)
 
     rows = [
         dict(

@@ -19,6 +19,9 @@ def verdict(messages: list[dict]) -> str:
         right, said = re.search(r"Correct Answer: (.*)\nPredicted Answer: (.*)\n", text).groups()
         same = right.strip().lower() == said.strip().lower()
         return f"Here it is: {{'pred': '{'yes' if same else 'no'}', 'score': {4.8 if same else 0}}}"
+    if "[End of Assistant 2]" in text:
+        first, second = (re.search(rf"\[Assistant {i}\]\n(.*?)\n\n\[End of", text, re.DOTALL)[1] for i in (1, 2))
+        return f"8 {8 if first == second else 0}\nBecause."
     if "Question | Ground truth" in text:
         _, right, said, _ = (part.strip() for part in text.splitlines()[-1].split("|"))
         any_of = [[p.strip() for p in option.split("<AND>")] for option in right.split("<OR>")]
