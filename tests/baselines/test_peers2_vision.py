@@ -15,7 +15,7 @@ import torch
 import sparsevlm
 from sparsevlm.runtime.vision import Pictures, Tower
 from tests.goldens import peers2, peers2_recipe
-from tests.goldens.load import files, recording, stem
+from tests.goldens.load import SHIPPED, files, recording, stem
 
 pytestmark = pytest.mark.recordings
 LOGITS, ROWS = 1e-5, 2e-6
@@ -128,3 +128,35 @@ def test_aim(path: Path):
     for stage in r.record.stages[1:]:
         left = left[stage.kept[0]]
         assert left.tolist() == want[f"kept_{stage.layer}"].tolist()
+
+
+def differing(pattern: str, name: str, **options) -> list[str]:
+    """Shipped recordings whose tokens are others with these options than the authors' code keeps."""
+    out = []
+    for path in sorted((SHIPPED / "peers2").glob(pattern)):
+        meta, want = recording(path)
+        budget = {"merge_to": meta["merge_to"]} if "merge_to" in meta else {"budget": meta["budget"]}
+        r = peers2.run_llava(meta.get("config", "A"), meta["seed"], sparsevlm.build(name, **budget, **options))
+        if not np.allclose(r.logits, want["logits"], rtol=0, atol=LOGITS):
+            out.append(path.stem)
+    return out
+
+
+def test_what_the_papers_say_is_something_else():
+    """FiCoCo-V by the paper, and AIM without the say of dropped tokens."""
+    assert differing("ficoco_v_1??_*.npz", "ficoco_v", variant="paper") == [f"ficoco_v_{n}_s0" for n in (114, 125, 191)]
+    assert differing("aim_[79]*.npz", "aim", start="kept") == ["aim_93_s0"]  # of 72 tokens the same are kept
+
+
+@pytest.mark.parametrize("name,count", [("vispruner", 58), ("folder", 36), ("folder", 32)])
+def test_numbers_at_which_the_authors_code_fails(name: str, count: int):
+    """VisPruner: an odd number of candidates. FOLDER: less than 40 tokens go into a pass, but at 36, where it works."""
+    r = peers2.run_llava("A", 0, sparsevlm.build(name, budget=count))
+    assert len(r.projector_in) == count and r.cached == [35 + count + 24] * 17
+
+
+def test_ficoco_v_of_the_code_halves_at_most():
+    ran = peers2.run_llava("A", 0, sparsevlm.build("ficoco_v", variant="code", budget=64))
+    assert len(ran.projector_in) == 64
+    with pytest.raises(ValueError, match="2 blocks cannot bring 576 down to 64"):
+        peers2.run_llava("A", 0, sparsevlm.build("ficoco_v", variant="code", budget=64, start=21))

@@ -24,7 +24,7 @@ def ask(ids: torch.Tensor) -> str:
 def build(name: str, **options):
     if name == "cdpruner":
         return sparsevlm.build(name, budget=9, clip=clip(), tokenizer=Letters(), question=ask, **options)
-    return sparsevlm.build(name, **METHODS[name].options, **options)
+    return sparsevlm.build(name.split(",")[0], **METHODS[name].options, **options)
 
 
 def answers(model, x: dict) -> torch.Tensor:
@@ -120,7 +120,7 @@ def test_traces_can_be_copied_and_pickled(name, kind):
 @pytest.mark.parametrize("name", NAMES)
 def test_budgets_that_are_no_number_of_tokens(name, value):
     with pytest.raises(ValueError, match="budget .* is neither an integer nor 'full'|has no budget"):
-        sparsevlm.build(name, budget=value)
+        sparsevlm.build(name.split(",")[0], budget=value)
 
 
 @pytest.mark.parametrize(
