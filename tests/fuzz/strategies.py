@@ -8,9 +8,29 @@ from sparsevlm.methods import names
 from tests.fuzz.case import Case, Shape
 from tests.fuzz.pictures import VISION
 
-MODES = ("forward", "greedy", "greedy", "sample", "beams", "lookup", "assisted", "manual", "manual")
+MODES = ("forward", "forward", "greedy", "greedy", "sample", "beams", "lookup", "assisted", "manual", "manual")
 # most in float64, where hardly anything ties; eager attention softmaxes in float32
 BACKENDS = [("sdpa", "float64")] * 3 + [("sdpa", "float32"), ("eager", "float32"), ("sdpa", "bfloat16")]
+CHOICES = {
+    "sparsevlm": {
+        "recycle": [0.0, 0.3, 0.3, 1.0], "cluster": [0.1, 0.5], "merge": ["mean", "sum"],
+        "positions": ["renumber", "original"], "recycled_at": ["end", "centre"], "early_drop": [True, False],
+    },
+    "sparsevlm_plus": {"heads": [14 / 32, 1.0], "kernel": [True, False], "kernel_floor": [None, 0.1]},
+    "sparsevlm_rank": {
+        "rule": ["paper", "v1.0", "video"], "lam": [0.3, 0.9, 1.0], "scale": [0.7, 2.0], "bias": [0, 1, 3],
+    },
+    "dart": {"match": ["leaving", "entering"], "visual_pivots": [1, 2, 4], "text_pivots": [0, 1, 4]},
+    "downsample": {"of": ["picture", "features"]},
+    "fastv": {"match": ["leaving", "entering"], "early_drop": [True, False]},
+    "ficoco_l": {"epsilon": [0.998, 0.5, 0.0], "positions": ["renumber", "original"]},
+    "ficoco_v": {"window": [1, 2], "merge": [True, False]},
+    "pyramiddrop": {"match": ["leaving", "entering"], "positions": ["renumber", "original"]},
+    "random": {"seed": [0, 1, 7]},
+    "random_layer": {"match": ["leaving", "entering"], "early_drop": [True, False], "seed": [0, 1, 7]},
+    "tome": {"proportional": [True, False]},
+    "vispruner": {"ratio": [0.0, 0.5, 1.0], "step": [1, 8]},
+}  # fmt: skip
 OWN = ("sparsevlm", "sparsevlm_rank", "sparsevlm_plus")
 
 
@@ -29,7 +49,7 @@ def shapes(draw, vision_method: bool) -> Shape:
         head_dim=draw(st.sampled_from([8, 16])),
         theta=draw(st.sampled_from([1e4, 1e6, 300.0])),
         tied=draw(st.booleans()),
-        grid=draw(st.integers(1, 2) if kind == "video_llava" else st.integers(1, 5)),
+        grid=2 if kind == "video_llava" else draw(st.integers(1, 5)),
         tower=tower,
         feature_layer=draw(st.sampled_from([-1, -2, tower] if tower > 1 else [-1])),
         select=draw(st.sampled_from(["default", "default", "full"])) if kind == "llava" else "default",
@@ -41,13 +61,13 @@ def shapes(draw, vision_method: bool) -> Shape:
 def prompts(draw, shape: Shape, image_only_ends: bool) -> tuple:
     """Parts of one prompt: text, and up to two pictures (or one video), with text between them or none."""
     parts: list = []
-    words = st.integers(0, 4)
     pictures = draw(st.sampled_from([0, 1, 1, 1, 2]))
     for _ in range(pictures):
-        parts.append(draw(words))
+        parts.append(draw(st.sampled_from([0, 1, 2, 4, 7])))
         video = shape.kind == "video_llava" and "V" not in parts and draw(st.booleans())
         parts.append("V" if video else "I")
-    parts.append(draw(words if pictures and image_only_ends else st.integers(1, 5)))
+    ends = [0, 0, 1, 2, 3, 5] if pictures and image_only_ends else [1, 2, 4, 8]
+    parts.append(draw(st.sampled_from(ends)))
     return tuple(p for p in parts if p != 0)
 
 
@@ -56,85 +76,64 @@ def knobs(draw, name: str, shape: Shape, fewest: int) -> dict:
     """Options of a method for prompts of at least `fewest` visual tokens (0: there are none)."""
     o: dict = {}
     most = max(fewest, 1)
-    layer = st.integers(0, shape.layers - 2)
-    how = draw(st.sampled_from(["budget", "budget", "budget", "own", "full", "none", "too much"]))
+    how = draw(st.sampled_from(["budget", "budget", "budget", "own", "own", "full", "none", "too much"]))
     if how == "budget":
         o["budget"] = draw(st.integers(1, most))
     elif how == "full":
         o["budget"] = "full"
     elif how == "too much":
         o["budget"] = most + draw(st.integers(1, 3))
-    own = how == "own"
+    if name == "sparsevlm_rank" and o.get("budget") != "full":
+        o.pop("budget", None)
     if name in OWN:
-        if name == "sparsevlm_rank":
-            o.pop("budget", None) if o.get("budget") != "full" else None
-            o["rule"] = draw(st.sampled_from(["paper", "v1.0", "video"]))
-            o |= {"lam": draw(st.sampled_from([0.3, 0.9, 1.0])), "scale": draw(st.sampled_from([0.7, 2.0]))}
-            o["bias"] = draw(st.integers(0, 3))
-        elif own:
-            o["keep"] = draw(st.lists(st.integers(1, most + 1), min_size=1, max_size=min(3, shape.layers)))
-            o["always_drop"] = draw(st.booleans())
-        if own:
-            size = len(o["keep"]) if "keep" in o else draw(st.integers(1, min(3, shape.layers)))
-            o["layers"] = sorted(draw(st.sets(st.integers(-1, shape.layers - 2), min_size=size, max_size=size)))
-        o["raters"] = draw(st.sampled_from(["paper", "paper", "all", "last", 1, 2, "tokens", "centred"]))
-        if name == "sparsevlm_plus" or (name == "sparsevlm_rank" and o["raters"] == "tokens"):
-            o["raters"] = "paper"
-        if o["raters"] == "centred" and fewest < 3:
-            o["raters"] = "paper"  # two centred tokens are opposite: text tokens tie
-        if o["raters"] == "centred" and not own and "budget" not in o:
-            o["raters"] = "paper"
-        o["recycle"] = draw(st.sampled_from([0.0, 0.3, 0.3, 1.0]))
-        o["cluster"] = draw(st.sampled_from([0.1, 0.5]))
-        o["merge"] = draw(st.sampled_from(["mean", "sum"]))
-        o["positions"] = draw(st.sampled_from(["renumber", "original"]))
-        o["recycled_at"] = draw(st.sampled_from(["end", "centre"]))
-        o["early_drop"] = draw(st.booleans())
-        if name == "sparsevlm_plus":
-            o["heads"] = draw(st.sampled_from([14 / 32, 1.0]))
-            o["kernel"] = draw(st.booleans())
-            o["kernel_floor"] = draw(st.sampled_from([None, 0.1]))
-    elif name in ("fastv", "random_layer", "dart"):
-        if own:
-            o["keep"] = draw(st.integers(1, most))
-            o["k"] = draw(layer) + 1
-        o["match"] = draw(st.sampled_from(["leaving", "entering"]))
-        if name != "dart":
-            o["early_drop"] = draw(st.booleans())
-        else:
-            o |= {"visual_pivots": draw(st.integers(1, 4)), "text_pivots": draw(st.integers(0, 4))}
+        return o | draw(sparsevlm_knobs(name, shape, fewest, how == "own"))
+    if how == "own":
+        o |= draw(own_knobs(name, shape, most))
+    for option, values in CHOICES.get(name, {}).items():
+        o[option] = draw(st.sampled_from(values))
+    return o
+
+
+@st.composite
+def sparsevlm_knobs(draw, name: str, shape: Shape, fewest: int, own: bool) -> dict:
+    o = {option: draw(st.sampled_from(values)) for option, values in CHOICES["sparsevlm"].items()}
+    # two centred tokens are opposite: text tokens tie
+    rules = ["paper", "paper", "all", "last", 1, 2] + (["centred"] if own and fewest > 2 else [])
+    o["raters"] = draw(st.sampled_from(rules + (["tokens"] if name == "sparsevlm" else [])))
+    if own:
+        size = draw(st.integers(1, min(3, shape.layers)))
+        o["layers"] = sorted(draw(st.sets(st.integers(-1, shape.layers - 2), min_size=size, max_size=size)))
+    if name == "sparsevlm_rank":
+        return o | {option: draw(st.sampled_from(values)) for option, values in CHOICES[name].items()}
+    if own:
+        o["keep"] = draw(st.lists(st.integers(1, max(fewest, 1) + 1), min_size=size, max_size=size))
+        o["always_drop"] = draw(st.booleans())
+    if name == "sparsevlm_plus":
+        o |= {option: draw(st.sampled_from(values)) for option, values in CHOICES[name].items()}
+    return o
+
+
+@st.composite
+def own_knobs(draw, name: str, shape: Shape, most: int) -> dict:
+    """What a method takes instead of a budget."""
+    layer, o = st.integers(0, shape.layers - 2), {}
+    if name in ("fastv", "random_layer", "dart"):
+        o = {"keep": draw(st.integers(1, most)), "k": draw(layer) + 1}
     elif name == "pyramiddrop":
-        if own:
-            o["layers"] = sorted(draw(st.sets(st.integers(-1, shape.layers - 2), min_size=1, max_size=3)))
-            ratio = st.sampled_from([1.0, 0.7, 0.5, 0.25, 0.1])
-            count = len(o["layers"])
-            o["ratios"] = sorted(draw(st.lists(ratio, min_size=count, max_size=count)), reverse=True)
-        o["positions"] = draw(st.sampled_from(["renumber", "original"]))
-        o["match"] = draw(st.sampled_from(["leaving", "entering"]))
+        o["layers"] = sorted(draw(st.sets(st.integers(-1, shape.layers - 2), min_size=1, max_size=3)))
+        count = len(o["layers"])
+        ratios = st.lists(st.sampled_from([1.0, 0.7, 0.5, 0.25, 0.1]), min_size=count, max_size=count)
+        o["ratios"] = sorted(draw(ratios), reverse=True)
     elif name == "ficoco_l":
-        if own:
-            o |= {"r": draw(st.sampled_from([0.5, 1.0, 3.0])), "start": draw(layer)}
-        o["epsilon"] = draw(st.sampled_from([0.998, 0.5, 0.0]))
-        o["positions"] = draw(st.sampled_from(["renumber", "original"]))
-    elif name == "aim" and own:
-        o["merge_to"] = draw(st.integers(1, shape.image_tokens))
-        o["first"] = draw(layer)
+        o = {"r": draw(st.sampled_from([0.5, 1.0, 3.0])), "start": draw(layer)}
+    elif name == "aim":
+        o = {"merge_to": draw(st.integers(1, shape.image_tokens)), "first": draw(layer)}
         o["last"] = draw(st.integers(o["first"], shape.layers - 2))
     elif name == "downsample":
-        if own:
-            o["side"] = draw(st.integers(1, shape.grid))
-        o["of"] = draw(st.sampled_from(["picture", "features"]))
-    elif name == "visionzip" and own and shape.image_tokens > 1:
+        o["side"] = draw(st.integers(1, shape.grid))
+    elif name == "visionzip" and shape.image_tokens > 1:
         o["dominant"] = draw(st.integers(1, shape.image_tokens - 1))
         o["contextual"] = draw(st.integers(0, shape.image_tokens - o["dominant"]))
-    elif name == "vispruner":
-        o |= {"ratio": draw(st.sampled_from([0.0, 0.5, 1.0])), "step": draw(st.sampled_from([1, 8]))}
-    elif name == "tome":
-        o["proportional"] = draw(st.booleans())
-    elif name == "ficoco_v":
-        o |= {"window": draw(st.sampled_from([1, 2])), "merge": draw(st.booleans())}
-    if name in ("random", "random_layer"):
-        o["seed"] = draw(st.integers(0, 99))
     return o
 
 
@@ -143,7 +142,7 @@ def cases(draw) -> Case:
     name = draw(st.sampled_from([n for n in names() if n != "cdpruner"] + list(OWN)))
     shape = draw(shapes(name in VISION))
     video = shape.kind == "video_llava"
-    rows = tuple(draw(st.lists(prompts(shape, True), min_size=1, max_size=3)))
+    rows = tuple(draw(prompts(shape, True)) for _ in range(draw(st.sampled_from([1, 2, 2, 3]))))
     mode = draw(st.sampled_from(MODES))
     if mode in ("lookup", "assisted"):
         rows = rows[:1]
@@ -161,7 +160,7 @@ def cases(draw) -> Case:
         entry = draw(st.sampled_from(["ids", "ids", "ids", "embeds"]))
     turn = None
     if mode == "manual" or (mode in ("greedy", "sample") and cache == "dynamic" and entry == "ids"):
-        turn = draw(st.sampled_from([None, "text", "picture"]))
+        turn = draw(st.sampled_from([None, "text", "picture", "picture"]))
         if turn == "text":
             turn = (draw(st.integers(1, 4)),)
         elif turn == "picture":
