@@ -37,8 +37,8 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export MPLBACKEND := Agg
 
-.PHONY: help setup reproduce test test-all fuzz lint flops latency tables figures report paper notebooks sweep retrain \
-	browser clean
+.PHONY: help setup reproduce test test-all fuzz lint flops latency tables figures report paper notebooks fetch sweep \
+	retrain browser clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -117,9 +117,14 @@ ifneq ($(findstring command line,$(origin method) $(origin budget) $(origin task
 sweep_paper :=
 endif
 
+sweep_what = $(if $(sweep_paper),$(if $(launcher),-m) experiment=$(sweep_paper) model=$(model),-m $(sweep_grid)) \
+	$(if $(limit),limit=$(limit))
+
+fetch: setup ## say what a sweep needs from the model hub, and fetch it: make fetch model=llava_1_5_7b args=--dry-run
+	@$(RUN) -m eval.fetch $(sweep_what) $(args)
+
 sweep: setup ## runs of many methods over shared pictures: make sweep model=mini method=none,fastv budget=64 task=minivqa limit=96
-	@$(RUN) -m eval.run $(if $(sweep_paper),$(if $(launcher),-m) experiment=$(sweep_paper) model=$(model),-m $(sweep_grid)) \
-		$(if $(launcher),hydra/launcher=$(launcher)) $(if $(limit),limit=$(limit)) results_dir=$(results) $(args)
+	@$(RUN) -m eval.run $(sweep_what) $(if $(launcher),hydra/launcher=$(launcher)) results_dir=$(results) $(args)
 
 retrain: setup ## train the embedded model from nothing: make retrain out=outputs/mini minutes=90
 	@$(RUN) -m sparsevlm.mini.training --out $(out) --minutes $(minutes) --resume $(args)

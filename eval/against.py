@@ -22,9 +22,17 @@ TABLES = {
 HALF_A_POINT = 0.5  # of 100
 _MOST = {"mme": 2800.0}  # what counts as 100 where the table's unit is no percentage
 #: Benchmarks whose published number is of other questions than ours: nothing to compare.
-OTHER_SET = {"vqav2": "these are validation questions, the published number is the test server's"}
+OTHER_SET = {
+    "mmbench": "these are 4,329 rows read by rules, the published number is of 4,377 and the server's",
+    "pope": "these are 9,000 questions, the published number is of 8,910",
+    "vqav2": "these are validation questions, the published number is the test server's",
+}
 #: Benchmarks of which one metric only measures what was published.
 SAME_METRIC = {"seedbench": "seed_all"}
+
+
+#: Who judged the published numbers: another judge moves scores by several points.
+JUDGES = {"mmvet": "gpt-4-0613"} | dict.fromkeys(("tgif", "msvd", "msrvtt", "activitynet"), "gpt-3.5-turbo")
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ def compare(metrics: Mapping, config: Mapping) -> Comparison | None:
     if metric not in metrics["metrics"]:
         return None
     value = metrics["metrics"][metric]["value"] * SCALES[task.metrics[metric]]
-    if reason := _why_not(task.name, metric, metrics.get("not_scored", {})):
+    if reason := _why_not(task.name, metric, metrics):
         return Comparison(task.name, value, {}, reason)
     found = {f"SparseVLM {v}": number for v, table in editions if (number := _published(v, table, model, task.name))}
     return Comparison(task.name, value, found, "" if found else "the paper has none for it")
@@ -104,9 +112,12 @@ def _as_published(config: Mapping, model: str) -> bool:
     )
 
 
-def _why_not(task: str, metric: str, not_scored: Mapping[str, str]) -> str:
-    if not_scored:
+def _why_not(task: str, metric: str, metrics: Mapping) -> str:
+    if not_scored := metrics.get("not_scored"):
         return f"{' and '.join(not_scored)} was not judged"
+    judge = (metrics["benchmark"].get("judge") or {}).get("model")
+    if judge != JUDGES.get(task):
+        return f"{judge} judged, the published number is by {JUDGES[task]}"
     if SAME_METRIC.get(task, metric) != metric:
         return f"{metric} is of other questions; the published number is {SAME_METRIC[task]}"
     return OTHER_SET.get(task, "")

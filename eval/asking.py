@@ -29,6 +29,7 @@ from sparsevlm.methods.base import Method
 from sparsevlm.models import Processor
 
 _KNOWN_BY_GENERATE = set(GenerationConfig().to_dict())
+clock = time.perf_counter
 MAX_NEW_TOKENS = 128  # for tasks that do not say
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
@@ -55,6 +56,8 @@ class Lane:
     answers: dict[tuple[str, int | str], Answer] = field(default_factory=dict)
     failures: dict[tuple[str, int | str], Failure] = field(default_factory=dict)
     error: GenerationError | None = None
+    asked: int = 0  # questions that were asked, not looked up, and the seconds that they took; what is prepared once
+    spent: float = 0.0  # for several lanes counts in the first of them
     shares: bool | None = None  # whether its features are those of the other lanes; None = not known yet
 
     def look_up(self, requests: Sequence[Instance]) -> int:
@@ -181,9 +184,12 @@ class Asker:
             for lane in lanes:
                 if lane.error is None and not keys <= lane.answers.keys():
                     known = len(keys & lane.answers.keys())
+                    start = clock()
                     try:
                         for records in self._answers(batch, lane, prepared):
                             lane.keep(records)
+                            lane.asked, lane.spent = lane.asked + len(records), lane.spent + clock() - start
+                            start = clock()
                             advance(len(records) - known)
                             known = 0
                     except GenerationError as error:

@@ -25,14 +25,14 @@ import torch
 from eval.asking import Asker, GenerationError, Lane, plan_batches
 from eval.errors import UserError, one_line
 from eval.features import FeatureStore
-from eval.judge import JudgeError
+from eval.judging import judged, look_for_judge
 from eval.kept import open_folder
 from eval.ledger import Failure, Ledger
 from eval.processes import Processes, alone
+from eval.progress import Progress
 from eval.results import RunFolder, files
 from eval.settings import ModelSettings, Run
 from eval.tasks import TaskSettings, load
-from eval.tasks.base import EXACT_MATCH, NO_JUDGE
 
 if TYPE_CHECKING:
     from eval.tasks.loading import Loaded
@@ -62,7 +62,7 @@ class Job:
     lane: Lane | None = field(default=None, repr=False)
 
 
-def execute(jobs: Sequence[Job], command: str, progress: Callable[[int, int], None], processes: Processes) -> None:
+def execute(jobs: Sequence[Job], command: str, progress: Progress, processes: Processes) -> None:
     """Ask all questions that are not in the ledgers, score each run, and publish its folder.
 
     What fails is kept in `job.error`; the other jobs go on.
@@ -70,7 +70,7 @@ def execute(jobs: Sequence[Job], command: str, progress: Callable[[int, int], No
     Args:
         jobs: runs of the same model, task and generation settings.
         command: how the runs were started, for env.json.
-        progress: called with (number of questions, number of answers that came), again and again.
+        progress: told of the questions, and of answers as they come.
 
     Raises:
         UserError: the task cannot be prepared or the model cannot be loaded.
@@ -89,32 +89,66 @@ def execute(jobs: Sequence[Job], command: str, progress: Callable[[int, int], No
         job.error, job.excluded, job.not_judged = outcome
 
 
-def _ask_and_score(
-    jobs: Sequence[Job], command: str, progress: Callable[[int, int], None], processes: Processes
-) -> None:
+def _ask_and_score(jobs: Sequence[Job], command: str, progress: Progress, processes: Processes) -> None:
     first = jobs[0].run
     loaded, tasks = _tasks(first, processes)
     if processes.first:
-        _look_for_judge(loaded)
+        look_for_judge(loaded)
+    requests = [request for task in tasks.values() for request in task.requests]
+    batches = plan_batches(requests, first.batch_size)[processes.number :: processes.count]
     with ExitStack() as stack:
-        for job in jobs:
-            job.lane = Lane(job.run.method, None, first.batch_size)
-            _guarded(job, partial(_open_ledger, job, stack, processes.number))
-        requests = [request for task in tasks.values() for request in task.requests]
-        lanes = [job.lane for job in jobs if job.error is None]
-        batches = plan_batches(requests, first.batch_size)[processes.number :: processes.count]
+        _open_lanes(jobs, stack, processes)
+        lanes = {job.run.label: job.lane for job in jobs if job.error is None}
         share = [request for batch in batches for request in batch]
-        progress(len(share) * len(lanes), sum(lane.look_up(share) for lane in lanes))
-        if any(len(lane.answers) < len(share) for lane in lanes):
-            documents = {name: task.documents for name, task in tasks.items()}
-            _, processor = _load(first.model)
-            asker = Asker(processor, _store(first.model, first.feature_mb), documents, on_error=first.on_error)
-            asker.ask(batches, lanes, partial(progress, 0))
+        known = sum(lane.look_up(share) for lane in lanes.values())
+        progress.watch(lanes, len(share))
+        progress(len(share) * len(lanes), known)
+        if any(len(lane.answers) < len(share) for lane in lanes.values()):
+            _asker(first, tasks).ask(batches, list(lanes.values()), partial(progress, 0))
         _exchange_errors(jobs, processes)
         if processes.first:
             for job in jobs:
                 if job.error is None:
                     _guarded(job, partial(_score, job, loaded, tasks, requests, command))
+
+
+def sample(job: Job, few: int, processes: Processes) -> Lane:
+    """Ask a few batches of a run, spread over its questions, and keep the answers: for what they cost.
+
+    Raises:
+        Exception: whatever the run itself will fail with.
+    """
+    run = job.run
+    if processes.first:
+        _guarded(job, partial(open_folder, job.folder, run))
+    if error := processes.gather(_portable(job.error, processes))[0]:
+        raise error
+    _, tasks = _tasks(run, processes)
+    requests = [request for task in tasks.values() for request in task.requests]
+    batches = plan_batches(requests, run.batch_size)[processes.number :: processes.count]
+    chosen = [batches[(2 * i + 1) * len(batches) // (2 * few)] for i in range(few)] if batches else []
+    with ExitStack() as stack:
+        _open_lanes([job], stack, processes)
+        if job.error is not None:
+            raise job.error
+        job.lane.look_up(requests)
+        asker = _asker(run, tasks)
+        asker.ask(chosen[:1], [job.lane], lambda answered: None)
+        job.lane.asked, job.lane.spent = 0, 0.0  # the first batch also pays for what is loaded once
+        asker.ask(chosen[1:], [job.lane], lambda answered: None)
+    return job.lane
+
+
+def _open_lanes(jobs: Sequence[Job], stack: ExitStack, processes: Processes) -> None:
+    for job in jobs:
+        job.lane = Lane(job.run.method, None, job.run.batch_size)
+        _guarded(job, partial(_open_ledger, job, stack, processes.number))
+
+
+def _asker(run: Run, tasks: dict[str, _Questions]) -> Asker:
+    documents = {name: task.documents for name, task in tasks.items()}
+    _, processor = _load(run.model)
+    return Asker(processor, _store(run.model, run.feature_mb), documents, on_error=run.on_error)
 
 
 def _guarded(job: Job, step: Callable[[], None]) -> None:
@@ -224,7 +258,7 @@ def _score(job: Job, loaded: Loaded, tasks: dict[str, _Questions], requests: Seq
     evaluate = partial(
         _evaluate, Recorded(lane.answers), tasks, excluded_keys, str(job.folder.partial), loaded.parallel
     )
-    evaluated, job.not_judged = _judged(loaded, job.folder, evaluate)
+    evaluated, job.not_judged = judged(loaded, job.folder, evaluate)
     samples = loaded.samples(evaluated)
     answers = [lane.answers.get(s["key"]) for s in samples]
     if len(samples) + len(excluded) != len(requests) or None in answers:
@@ -236,32 +270,6 @@ def _score(job: Job, loaded: Loaded, tasks: dict[str, _Questions], requests: Seq
     )
     contents |= loaded.files(samples)
     job.folder.publish(contents, keep_answers=bool(loaded.task.judge))
-
-
-def _look_for_judge(loaded: Loaded) -> None:
-    """Say beforehand that a judge does not answer: there are hours to start it, and the answers are kept."""
-    if loaded.judge is not None:
-        try:
-            loaded.judge.check()
-        except UserError as error:
-            print(f"warning: {one_line(error)}; the answers are collected without it", file=sys.stderr, flush=True)
-
-
-def _judged(loaded: Loaded, folder: RunFolder, evaluate: Callable[[], dict]) -> tuple[dict, str | None]:
-    """What lmms-eval makes of the answers, and why the judge scored none of them: None if it scored all.
-
-    A judge that fails costs its own metrics only; nothing is put in the place of a judgement.
-    """
-    if loaded.judge is None:
-        wanted = loaded.task.judge and loaded.settings.options["judge"] != EXACT_MATCH
-        return evaluate(), NO_JUDGE if wanted else None
-    loaded.judge.keep_in(folder.judged)
-    try:
-        loaded.judge.check_again()
-        return evaluate(), None
-    except JudgeError as error:
-        with loaded.judge.silenced():
-            return evaluate(), one_line(error)
 
 
 def _failure(ledger: Ledger, request) -> Failure | None:

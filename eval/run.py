@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if here:
                 statuses.append(_do(here, command))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
-            return report(UserError(_explain(error, arguments)), shown=is_first())
+            return report(UserError(explain(error, arguments)), shown=is_first())
         except KeyboardInterrupt:
             return 130
         except Exception as error:  # a launcher lost a job
@@ -186,7 +186,7 @@ def _one(config: dict) -> Run:
     return run
 
 
-def _explain(error: Exception, arguments: Sequence[str]) -> str:
+def explain(error: Exception, arguments: Sequence[str]) -> str:
     """What Hydra objects to, on one line and with the nearest known name."""
     text = one_line(error)
     if found := re.search(r"Could not find 'hydra/launcher/(.*?)'", text):

@@ -15,10 +15,13 @@ from eval.against import compare
 from eval.errors import EXCLUDED, NOT_JUDGED, UserError, report, worst
 from eval.kept import judged_elsewhere
 from eval.processes import Processes, ProcessGone
+from eval.progress import Group, Progress
 from eval.results import RunFolder
 from eval.settings import Run
+from eval.tasks import TASKS
 from eval.tasks.base import EXACT_MATCH
 
+SAMPLED_FROM, SAMPLED_BATCHES = 2000, 4  # answers of a task for which it is worth while, and batches
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -59,11 +62,12 @@ class _Series:
                 statuses.append(self._already_there(run, RunFolder(run.results_dir, there[name])))
         if not together:
             return worst(statuses)
-        bar = _Bar(shown=self.processes.first)
-        for number, company in enumerate(together.values(), 1):
-            bar.title = company[0][0].label if len(company) == 1 else f"{len(company)} runs"
-            if len(together) > 1:
-                bar.title = f"{number} of {len(together)}, {company[0][0].task.name}: {bar.title}"
+        companies = list(together.values())
+        bar = Progress(shown=self.processes.first)
+        bar.groups = [self._group(i, company, len(companies)) for i, company in enumerate(companies, 1)]
+        self._sample(companies, bar.groups)
+        for company, group in zip(companies, bar.groups, strict=True):
+            bar.begin(group)
             statuses += self._company(company, bar)
         bar.close()
         failed = sum(s not in (0, EXCLUDED, NOT_JUDGED) for s in statuses)
@@ -93,7 +97,36 @@ class _Series:
         missed = not_scored and run.task.options["judge"] != EXACT_MATCH
         return worst([EXCLUDED if left_out else 0, NOT_JUDGED if missed else 0])
 
-    def _company(self, company: Sequence[tuple[Run, RunFolder]], bar: _Bar) -> list[int]:
+    def _group(self, number: int, company: Sequence[tuple[Run, RunFolder]], of: int) -> Group:
+        first = company[0][0]
+        title = first.label if len(company) == 1 else f"{len(company)} runs"
+        if of > 1:
+            title = f"{number} of {of}, {first.task.name}: {title}"
+        questions = -(-TASKS[first.task.name].questions(first.limit) // self.processes.count)
+        return Group(title, questions, [run.label for run, _ in company])
+
+    def _sample(self, companies: Sequence[Sequence[tuple[Run, RunFolder]]], groups: Sequence[Group]) -> None:
+        """Ask a little of every large task before the first one goes on, so that the time left can be told."""
+        from eval.evaluate import Job, sample
+
+        rest = [
+            (c, g) for c, g in zip(companies[1:], groups[1:], strict=True) if c[0][0].model == companies[0][0][0].model
+        ]
+        for company, group in rest:
+            if group.questions * len(company) < SAMPLED_FROM:
+                continue
+            job = Job(*company[0])
+            try:
+                group.sampled[group.labels[0]] = sample(job, SAMPLED_BATCHES, self.processes)
+            except KeyboardInterrupt:
+                print(f"interrupted: {_kept(job.folder.answers_kept())}", file=sys.stderr, flush=True)
+                raise
+            except ProcessGone:
+                raise
+            except Exception:
+                continue  # it will fail again when it is its turn, and is told then
+
+    def _company(self, company: Sequence[tuple[Run, RunFolder]], bar: Progress) -> list[int]:
         """Runs that differ in the method alone; returns their statuses."""
         from eval.evaluate import Job, execute
 
@@ -177,37 +210,6 @@ def time_runs(runs: Sequence[Run], repeats: int, warmup: int) -> int:
     except SystemExit as stopped:  # it has said why
         return int(stopped.code or 0)
     return 0
-
-
-class _Bar:
-    """Progress over all questions of all runs; appears with the first answer, after whatever can be wrong."""
-
-    def __init__(self, shown: bool) -> None:
-        self.total, self.done, self.title, self.shown = 0, 0, "", shown
-        self._bar: tqdm | None = None
-
-    def __call__(self, expected: int, answered: int) -> None:
-        """Count questions of runs that begin, and answers."""
-        self.total += expected
-        self.done += answered
-        if not self.shown:
-            return
-        if self._bar is None:
-            if not answered:
-                return
-            interval = 0.1 if sys.stderr.isatty() else 15  # a log file gets a line now and then
-            self._bar = tqdm(
-                total=self.total, initial=self.done - answered, unit="q", mininterval=interval, file=sys.stderr,
-                dynamic_ncols=True,
-            )  # fmt: skip
-        self._bar.total = self.total
-        self._bar.set_description(self.title, refresh=False)
-        self._bar.update(answered)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 def _kept(answers: int) -> str:

@@ -97,9 +97,14 @@ def test_commands_are_found():
 def test_each_is_covered(command):
     """A new kind of command needs a test below."""
     kinds = (
-        command in RUNS, command.words[0] == "make", command.after("-m", "eval") is not None,
-        command.text in ELSEWHERE, module_of(command) is not None, command.text.startswith("pip install"),
-    )  # fmt: skip
+        command in RUNS,
+        command.words[0] == "make",
+        command.text.startswith("pip install"),
+        command.after("-m", "eval") is not None,
+        command.after("-m", "eval.fetch") is not None,
+        command.text in ELSEWHERE,
+        module_of(command) is not None,
+    )
     assert any(kinds), f"no test knows what to do with {command.text!r} of {command.where}"
     if command.text in ELSEWHERE:
         assert (ROOT / ELSEWHERE[command.text]).is_file()
@@ -120,13 +125,27 @@ def test_make_knows_its_targets(command, composed):
             assert composed([a for a in inner if not a.startswith("args=")])
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.after("-m", "eval.fetch") is not None], ids=name)
+def test_what_is_to_be_fetched_can_be_listed(command, monkeypatch, capsys):
+    from eval import fetch
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch.main([*command.after("-m", "eval.fetch"), "--dry-run"]) == 0
+    assert "model llava_1_5_7b: llava-hf/llava-1.5-7b-hf" in capsys.readouterr().out
+
+
 def module_of(command: Command) -> tuple[str, list[str]] | None:
     """(module, arguments) of a script of ours other than eval.run and eval."""
     words = command.words
     for i, word in enumerate(words):
         if word.startswith("scripts/"):
             return word.removesuffix(".py").replace("/", "."), words[i + 1 :]
-        if word == "-m" and "eval.run" not in words and words[i + 1] not in ("eval", "lmms_eval"):
+        if (
+            word == "-m"
+            and words[i + 1] != "eval.fetch"
+            and "eval.run" not in words
+            and words[i + 1] not in ("eval", "lmms_eval")
+        ):
             return words[i + 1], words[i + 2 :]
     return None
 

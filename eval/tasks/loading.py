@@ -131,7 +131,7 @@ def load(task: Task, settings: TaskSettings, limit: int | None) -> Loaded:
     logging.getLogger("datasets").setLevel(logging.ERROR)  # "Using the latest cached version", for every table
     try:
         with alone():  # lmms-eval would wait for the other processes, which wait for this one
-            manager = _manager(task.folder)
+            manager = task_manager(task.folder)
             return _load(manager, task, settings, limit, judge)
     except UserError:
         raise
@@ -159,7 +159,7 @@ def _shares(limit: int | None, tasks: int) -> list[int | None]:
 
 
 @lru_cache(maxsize=32)
-def _manager(folder: str) -> TaskManager:
+def task_manager(folder: str) -> TaskManager:
     """Knows the tasks of one folder only; lmms-eval's index of all of them takes seconds."""
     own = folder.startswith("own:")
     path = FOLDER / folder.removeprefix("own:") if own else Path(shipped.__file__).parent / folder

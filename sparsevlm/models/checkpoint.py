@@ -20,7 +20,8 @@ HUB_ALIASES = {
 FAMILIES = {"llava": "LlavaForConditionalGeneration", "video_llava": "VideoLlavaForConditionalGeneration"}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+#: What of a hub repository is fetched; nothing in folders below.
+CHECKPOINT_FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer.model")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -52,7 +53,7 @@ def find_checkpoint(name: str | os.PathLike, revision: str | None = None) -> Pat
         repository = name
     # The configuration first: a wrong family is told before gigabytes are fetched.
     check_family(_download(repository, name, revision, ["config.json"]), name)
-    folder = _download(repository, name, revision, _FILES)
+    folder = _download(repository, name, revision, list(CHECKPOINT_FILES))
     check_weights(folder, name)
     return folder
 
