@@ -4,7 +4,8 @@
     python -m eval.separation --methods sparsevlm,fastv --questions 900 --out results/separation
 
 Beside the methods: `blind` (no picture at all), `oracle` (keeps the tokens that show the answer), `saliency` (as
-SparseVLM, but rated by the picture), `random`. For each the share of the answer's tokens that its first stage keeps,
+SparseVLM, but rated by the picture), `random`, and `random_layer (match=sparsevlm)` (random tokens at SparseVLM's
+layers and in its numbers: as much is computed). For each the share of the answer's tokens that its first stage keeps,
 and for SparseVLM the words that became raters. Every setting is a file; what is there is not run again.
 """
 
@@ -62,7 +63,7 @@ def settings(names: Sequence[str] | None, budgets: Sequence[int]) -> list[Settin
     """`none` and `blind`, then every method, control and variant of SparseVLM at every budget."""
     variants: list[tuple[str, dict]] = [(name, {}) for name in (*_CONTROLS, *sparsevlm.methods())]
     variants += [("sparsevlm", {"raters": rule}) for rule in ("all", "centred")]
-    variants += [("sparsevlm", {"raters": "all", "recycle": 0})]
+    variants += [("sparsevlm", {"raters": "all", "recycle": 0}), ("random_layer", {"match": "sparsevlm"})]
     chosen = [(n, o) for n, o in variants if n not in _LEFT_OUT and (names is None or n in names)]
     if names is not None and (unknown := set(names) - {n for n, _ in variants} - {"none", "blind"}):
         raise ValueError(f"unknown method {min(unknown)!r}; known: {', '.join(sorted({n for n, _ in variants}))}")

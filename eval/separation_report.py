@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +17,17 @@ import pandas as pd
 
 from eval.separation import Setting
 from eval.stats import bootstrap_ci, paired_difference
+from eval.tasks.minivqa.utils import LANGUAGE_CONTROL
 
+MATCHED = Setting("random_layer", options={"match": "sparsevlm"})
 #: (this, minus that, what the difference says), at equal budgets.
 CONTRASTS = (
-    (Setting("sparsevlm", options={"raters": "all"}), Setting("random"), "guided selection against none"),
+    (Setting("sparsevlm", options={"raters": "all"}), MATCHED, "guided selection against none, at the same cost"),
+    (
+        Setting("sparsevlm", options={"raters": "all"}),
+        Setting("random"),
+        "the same against tokens kept from the input on",
+    ),
     (
         Setting("sparsevlm", options={"raters": "all"}),
         Setting("saliency"),
@@ -35,7 +43,8 @@ CONTRASTS = (
         Setting("sparsevlm", options={"raters": "all"}),
         "the paper's choice of raters against all words",
     ),
-    (Setting("sparsevlm"), Setting("random"), "the paper's choice of raters against chance"),
+    (Setting("sparsevlm"), MATCHED, "the paper's choice of raters against chance, at the same cost"),
+    (Setting("sparsevlm"), Setting("random"), "the same against tokens kept from the input on"),
     (
         Setting("sparsevlm", options={"raters": "all"}),
         Setting("sparsevlm", options={"raters": "all", "recycle": 0}),
@@ -46,7 +55,7 @@ CONTRASTS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """One file."""
+    """One file. All numbers are of the questions that need the picture; the language control is asked by its type."""
 
     label: str
     budget: int | None
@@ -58,7 +67,7 @@ class Outcome:
 
     @cached_property
     def right(self) -> dict[int, float]:
-        return {r["id"]: float(r["right"]) for r in self.results}
+        return {r["id"]: float(r["right"]) for r in self.results if r["type"] not in LANGUAGE_CONTROL}
 
     @property
     def kept(self) -> float | None:
@@ -67,7 +76,9 @@ class Outcome:
         return sum(shares) / len(shares) if shares else None
 
     def accuracy(self, type_: str | None = None) -> float:
-        right = [r["right"] for r in self.results if type_ in (None, r["type"])]
+        if type_ is None:
+            return 100 * sum(self.right.values()) / len(self.right)
+        right = [r["right"] for r in self.results if r["type"] == type_]
         return 100 * sum(right) / len(right)
 
 
@@ -106,7 +117,8 @@ def write(folder: Path) -> list[Path]:
     parts = [
         f"# Separation on `{head['model']}`",
         f"Accuracy in percent on the first {head['questions']} questions of `{head['task']}`, seed {head['seed']}, "
-        f"float32, greedy; weights {head['weights']}. In brackets 95 % intervals (bootstrap over questions), behind "
+        f"float32, greedy; weights {head['weights']}. {control_text(by_key.values())}"
+        "In brackets 95 % intervals (bootstrap over questions), behind "
         "the bar the share of the answer's tokens that the first stage keeps (where tokens are patches). The budget "
         "is the mean number of visual tokens per layer. `python -m eval.separation` makes this table.",
         _overall(by_key, labels, budgets),
@@ -144,6 +156,21 @@ def write(folder: Path) -> list[Path]:
     data = folder / "separation.csv"
     frame.round(3).to_csv(data, index=False)
     return [text, data]
+
+
+def control_text(outcomes: Iterable[Outcome]) -> str:
+    """What is said of the language control, which no number but its own column contains."""
+    found = []
+    for outcome in outcomes:
+        right = [r["right"] for r in outcome.results if r["type"] in LANGUAGE_CONTROL]
+        found += [(len(right), 100 * sum(right) / len(right))] if right else []
+    if not found:
+        return ""
+    low, high = (f"{pick(share for _, share in found):.0f}" for pick in (min, max))
+    return (
+        f"All but the columns of types leave the language control out (`{'`, `'.join(LANGUAGE_CONTROL)}`, "
+        f"{found[0][0]} questions that need no picture; {low if low == high else f'{low} to {high}'} % everywhere). "
+    )
 
 
 def _overall(by_key, labels, budgets) -> str:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from eval.separation import Setting
-from eval.separation_report import Outcome, cell, difference, rater_words, read, table
+from eval.separation_report import Outcome, cell, control_text, difference, rater_words, read, table
 
 PAPER, ALL = Setting("sparsevlm"), Setting("sparsevlm", options={"raters": "all"})
 CENTRED, PICTURE, CHANCE = Setting("sparsevlm", options={"raters": "centred"}), Setting("saliency"), Setting("random")
@@ -60,7 +60,8 @@ def report(trainings: dict[str, Outcomes]) -> str:
     parts = [
         "# Trainings compared",
         f"Accuracy in percent on the first {head['questions']} questions of `{head['task']}`, seed {head['seed']}, "
-        "float32, greedy. In brackets 95 % intervals (bootstrap over questions; differences, in points, are paired), "
+        f"float32, greedy. {control_text(o for outcomes in trainings.values() for o in outcomes.values())}"
+        "In brackets 95 % intervals (bootstrap over questions; differences, in points, are paired), "
         "behind the bar the share of the answer's tokens that the first stage keeps. "
         "`python -m eval.separation_seeds` makes this file.",
         _trainings(trainings),

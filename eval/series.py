@@ -245,7 +245,7 @@ def _there(run: Run, folder: RunFolder) -> str | None:
 def _summary(folder: RunFolder) -> str:
     metrics = json.loads((folder.path / "metrics.json").read_text(encoding="utf-8"))
     found, tokens = metrics["metrics"], metrics["tokens"]
-    main = "accuracy" if "accuracy" in found else next(iter(found))
+    main = next(iter(found))  # the headline
     interval = found[main]["ci95"]
     spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     averages = f"visual tokens per layer {tokens['entering']:.1f} entering, {tokens['leaving']:.1f} leaving"

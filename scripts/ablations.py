@@ -15,7 +15,7 @@ import pandas as pd
 from scripts.benchmarks import GQA, POPE, TEXTVQA, limited, paper_runs, value
 from scripts.published import look_up
 from scripts.runs import Group, Run
-from scripts.summary import difference, embedded, label, metric_of, plain
+from scripts.summary import difference, embedded, kept_apart, label, metric_of, plain, shown
 from scripts.tables import FLAGGED, NOT_RUN, NOTHING, Part, Table, cell
 from sparsevlm.methods import method_class
 
@@ -100,10 +100,11 @@ def ablation_table(group: Group, option: str, metric: str | None = None) -> Tabl
         rows.append([cell(text, *row["runs"][: 2 if i == 6 else 1]) for i, text in enumerate(texts)])
     caption = (
         f"Ablation of {what} ({meaning}): {group.task} on the model {group.model}, {group.n} questions, seed "
-        f"{group.seed}. {embedded(group.model)}{metric}{unit} with 95 % bootstrap interval; difference to the "
+        f"{group.seed}. {embedded(group.model)}{kept_apart(group, metric)}"
+        f"{shown(metric)}{unit} with 95 % bootstrap interval; difference to the "
         "default of the same method and budget with paired bootstrap interval over the same questions."
     )
-    columns = ["method", "budget", what, "entering", "leaving", f"{metric}{unit} [95 %]", "difference [95 %]"]
+    columns = ["method", "budget", what, "entering", "leaving", f"{shown(metric)}{unit} [95 %]", "difference [95 %]"]
     return Table(f"{what}__{group.name}", f"Ablation of {what}: {group.task}, {group.model}", caption, columns, rows, 3)
 
 

@@ -10,7 +10,7 @@ from scripts.ablations import published_part
 from scripts.paper_tables import EDITIONS, paper_table
 from scripts.published import look_up
 from scripts.runs import FLOPS, LATENCY, BadRun, Run
-from scripts.summary import Summary, embedded, label, place
+from scripts.summary import Summary, embedded, kept_apart, label, place, shown
 from scripts.tables import NOT_RUN, Cell, Part, Table, cell, text_of
 
 MODEL = "llava_1_5_7b"
@@ -38,14 +38,15 @@ def efficiency_paper(runs: Sequence[Run]) -> Table:
             *(row[i] for i in averages),
             _beside(_ours(time, "kv_mb", 1), method, budget, "kv_cache", "Section 5.3"),
             _beside(_ours(time, "prefill_ms", 1), method, budget, "latency"),
-            _beside(_ours(count, "llm_prefill", 2, 1e-3), method, budget, "flops"),
+            _beside(_ours(count, "prefill_gmacs", 2, 1e-3), method, budget, "flops"),
         ])  # fmt: skip
     caption = (
         "Cost of LLaVA-1.5-7B. Tokens: mean visual tokens that enter a layer (what is computed) and that leave it (the "
         f"budget as the authors count it). Accuracy: averages as in {edition.name}, published (paper | rerun) and "
-        "ours. KV cache of the visual tokens in MB, prefill of the language model in ms (the paper: A100-80GB) and "
-        f"multiply-adds of the language model in TMACs (the paper calls them TFLOPs) at {TEXT_TOKENS} text tokens: "
-        "ours | paper. The paper's cache sizes are tokens times a constant, not measured (†). "
+        "ours. KV cache of the visual tokens in MB, prefill in ms (the paper: A100-80GB) and multiply-adds of the "
+        f"prefill in TMACs (the paper calls them TFLOPs) at {TEXT_TOKENS} text tokens: ours | paper. Prefill: the "
+        "language model, and what the method computes itself, wherever it does. The paper's cache sizes are tokens "
+        "times a constant, not measured (†). "
         f"{NOT_RUN}: nobody ran it here; {_COUNT} counts, {_TIME} times."
     )
     columns = ["method", "tokens", "entering", "leaving", *(accuracy.columns[i] for i in averages), "KV cache MB"]
@@ -103,12 +104,14 @@ def efficiency_table(summary: Summary) -> Table:
     where = "no latency run covers these settings" if not latency else f"times and memory from {latency[0]}"
     caption = (
         f"Efficiency: {group.task} on the model {group.model}, {group.n} questions, seed {group.seed}. "
-        f"{embedded(group.model)}Mean visual tokens that enter and that leave a layer; memory of the KV cache and at "
-        "the peak of the prefill; median times of image encoding, prefill of the language model and one decoded "
-        f"token; GFLOPs (2 per multiply-add) of the prefill. {NOT_RUN}: not measured; {where}. "
+        f"{embedded(group.model)}{kept_apart(group, summary.metric)}"
+        "Mean visual tokens that enter and that leave a layer; memory of the KV cache and at "
+        "the peak of the prefill; median times of image encoding (tower and projector), prefill (language model, and "
+        "what the method computes itself, wherever it does) and one decoded token; GFLOPs (2 per multiply-add) of the "
+        f"prefill. {NOT_RUN}: not measured; {where}. "
         "`python scripts/profile.py` measures them."
     )
-    columns = ["method", "budget", "entering", "leaving", f"{summary.metric}{unit}", "retained %", "KV cache MB",
+    columns = ["method", "budget", "entering", "leaving", f"{shown(summary.metric)}{unit}", "retained %", "KV cache MB",
                "peak MB", "image ms", "prefill ms", "decode ms/token", "prefill GFLOPs"]  # fmt: skip
     title = f"Efficiency: {group.task}, {group.model}, {group.n} questions"
     return Table(f"efficiency__{group.name}", title, caption, columns, rows)
@@ -151,5 +154,5 @@ def timing(run: Run) -> str:
     device = ", ".join(hardware["gpu"]) if on_gpu else f"{hardware['cpu']}, {threads}"
     return (
         f"median and quartiles of {run.metrics['n']} interleaved rounds at batch {row['batch_size']} and "
-        f"{row['text_tokens']} text tokens, image encoding not included, {run.config['dtype']} on {device}"
+        f"{row['text_tokens']} text tokens, tower and projector not included, {run.config['dtype']} on {device}"
     )

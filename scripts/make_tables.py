@@ -27,15 +27,17 @@ from scripts.paper_tables import EDITIONS, paper_table
 from scripts.rank_ablation import rank_ablation
 from scripts.runs import LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
 from scripts.separation import separation_table
-from scripts.summary import Summary, embedded, summarise
-from scripts.tables import NOT_JUDGED, NOT_RUN, Table, from_frame, write
+from scripts.summary import MATCHED, Summary, embedded, kept_apart, shown, summarise
+from scripts.tables import NOT_JUDGED, NOT_RUN, NOTHING, Table, from_frame, write
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write tables; exit status 1 and one line on stderr if a run cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
-    parser.add_argument("--metric", help="which metric of the runs (default: accuracy, or else their first)")
+    parser.add_argument(
+        "--metric", help="which metric of the runs (default: visual accuracy, accuracy, or their first)"
+    )
     parser.add_argument("--only", help="names of tables, or how they begin, separated by commas")
     parser.add_argument("--list", action="store_true", help="name the tables that there would be, and write none")
     args = parser.parse_args(argv)
@@ -98,15 +100,18 @@ def accuracy_table(summary: Summary) -> pd.DataFrame:
     """The reproduce table: cells as they are printed."""
     unit = " %" if summary.percent else ""
     points = "points" if summary.percent else summary.metric
+    controlled = summary.frame["control"].notna().any()
     rows = []
     for row in summary.frame.to_dict("records"):
+        control = {f"to the matched control, {points} [95 %]": _to_control(row)} if controlled else {}
         rows.append({
             "method": row["method"],
             "budget": str(row["budget"]),
             "entering": number(row["entering"], 1),
             "leaving": number(row["leaving"], 1),
-            f"{summary.metric}{unit} [95 %]": _missing(row) or interval(row),
+            f"{shown(summary.metric)}{unit} [95 %]": _missing(row) or interval(row),
             f"difference, {points} [95 %]": _difference(row),
+            **control,
             "retained %": number(row["retained"], 1),
             "prefill GMACs": _counted(row),
             "prefill ms [quartiles]": _quartiles(row, "prefill_ms", 1),
@@ -139,6 +144,14 @@ def _difference(row: dict) -> str:
     return interval(row, "difference", "+")
 
 
+def _to_control(row: dict) -> str:
+    if pd.isna(row["value"]):
+        return NOT_RUN
+    if row["method"] == MATCHED:
+        return "0"
+    return NOTHING if pd.isna(row["control"]) else interval(row, "control", "+")
+
+
 def _quartiles(row: dict, name: str, digits: int) -> str:
     low, high = row[f"{name}_q25"], row[f"{name}_q75"]
     text = number(row[name], digits)
@@ -150,9 +163,10 @@ def caption(summary: Summary) -> str:
     group = summary.group
     text = (
         f"{group.task} on the model {group.model}: {group.n} questions, seed {group.seed}. {embedded(group.model)}"
-        f"Shown: {summary.metric}{' in %' if summary.percent else ''} with 95 % bootstrap interval; difference to the "
-        "unpruned model with paired bootstrap interval over the same questions; retained: share of the unpruned "
-        "model's value. Budget, entering and leaving: mean visual tokens per layer of the language model, of "
+        f"Shown: {shown(summary.metric)}{' in %' if summary.percent else ''} with 95 % bootstrap interval; difference "
+        "to the unpruned model with paired bootstrap interval over the same questions; retained: share of the unpruned "
+        f"model's value. {kept_apart(group, summary.metric)}{_control_caption(summary)}"
+        "Budget, entering and leaving: mean visual tokens per layer of the language model, of "
         f"{group.runs[0].metrics['tokens']['visual']:g}; budget is what was asked for, leaving what it counts, "
         f"entering what is computed. {_cost_caption(summary)}"
     )
@@ -161,10 +175,22 @@ def caption(summary: Summary) -> str:
     return f"{text} Prefill time: {timing(summary.latency)}, from {summary.latency.folder.name}."
 
 
+def _control_caption(summary: Summary) -> str:
+    if summary.frame["control"].isna().all():
+        return ""
+    return (
+        f"The matched control, {MATCHED}, keeps random tokens at SparseVLM's layers, in its numbers and with its "
+        "recycling, so that the language model computes as much and nothing but the choice differs; differences to it "
+        f"are paired, too ({NOTHING}: another number of tokens enters). random keeps its tokens from the input on and "
+        "computes less. "
+    )
+
+
 def _cost_caption(summary: Summary) -> str:
     lengths = sorted({run.metrics["cost"]["text_tokens"] for run in summary.group.runs})
     return (
-        "Prefill GMACs (1 GMAC = 2 GFLOP) of the language model with the method's own work, counted by fvcore at "
+        "Prefill GMACs (1 GMAC = 2 GFLOP): the language model with the method's own work, wherever it does it (tower, "
+        "projector, language model); without the tower's and the projector's. Counted by fvcore at "
         f"{' or '.join(map(str, lengths))} text tokens."
     )
 

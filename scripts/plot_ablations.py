@@ -25,7 +25,7 @@ from scripts import style
 from scripts.ablations import OPTIONS, ablation
 from scripts.runs import BadRun, Group, Run, accuracy_groups, read_runs
 from scripts.separation import SIGNIFICANT
-from scripts.summary import UNPRUNED, metric_of
+from scripts.summary import UNPRUNED, metric_of, shown
 
 _HATCHES = ["", "///", "...", "xxx", "\\\\\\", "ooo"]
 
@@ -87,7 +87,7 @@ def bars(group: Group, frame: pd.DataFrame, what: str, metric: str | None = None
     named = [f"{m}\n{b}" if len(methods) > 1 else str(b) for m, b in clusters]
     ax.set_xticks(range(len(clusters)), named)
     ax.set_xlabel("mean visual tokens per layer" + ("" if len(methods) > 1 else f" ({next(iter(methods))})"))
-    ax.set_ylabel(f"{metric}{' (%)' if percent else ''}")
+    ax.set_ylabel(f"{shown(metric)}{' (%)' if percent else ''}")
     ax.grid(axis="x", visible=False)
     ax.set_axisbelow(True)
     ax.set_title(f"{what}: {group.task}, model {group.model}, {group.n} questions")

@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from scripts import style
 from scripts.runs import BadRun, Run, accuracy_groups, read_runs, unfinished
-from scripts.summary import UNPRUNED, Summary, summarise
+from scripts.summary import UNPRUNED, Summary, shown, summarise
 from sparsevlm.methods import method_class
 from sparsevlm.methods._blocks import BlockMethod
 from sparsevlm.methods._vision import VisionMethod
@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     """Draw all figures; exit status 1 and one line on stderr if a run cannot be used."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
-    parser.add_argument("--metric", help="which metric of the runs (default: accuracy, or else their first)")
+    parser.add_argument(
+        "--metric", help="which metric of the runs (default: visual accuracy, accuracy, or their first)"
+    )
     args = parser.parse_args(argv)
     try:
         written = plot(args.results, args.metric)
@@ -94,14 +96,14 @@ def accuracy_against_tokens(summary: Summary) -> Figure:
 @style.styled()
 def accuracy_against_gmacs(summary: Summary) -> Figure:
     """Figure: one line per method over the GMACs of its prefill, the unpruned model as a band and a star."""
-    return _against(summary, "prefill_gmacs", "LLM prefill, GMACs (1 GMAC = 2 GFLOP)")
+    return _against(summary, "prefill_gmacs", "prefill with the method's work, GMACs (1 GMAC = 2 GFLOP)")
 
 
 @style.styled()
 def accuracy_against_latency(summary: Summary) -> Figure:
     """Figure: one line per method over the median time of its prefill (bars: quartiles), unpruned band and star."""
     row = summary.latency.metrics["rows"][0]
-    text = f"LLM prefill, ms (batch {row['batch_size']}, {row['text_tokens']} text tokens)"
+    text = f"prefill, ms (batch {row['batch_size']}, {row['text_tokens']} text tokens)"
     return _against(summary, "prefill_ms", text)
 
 
@@ -182,7 +184,7 @@ def _finish(fig: Figure, panels: list[tuple[Axes, list[str]]], summary: Summary,
             ax.set_ylim(min(h[0] for h in heights), max(max(h[1] for h in heights), *full["high"], *full["value"]))
             ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.24), **style.legend_columns(labels))
         ax.set_xlabel(x)
-        ax.set_ylabel(f"{summary.metric}{' (%)' if summary.percent else ''}")
+        ax.set_ylabel(f"{shown(summary.metric)}{' (%)' if summary.percent else ''}")
     title = f"{group.task}, model {group.model}, {group.n} questions"
     if several:
         fig.suptitle(title, fontsize=8)

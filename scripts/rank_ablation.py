@@ -9,7 +9,7 @@ import numpy as np
 
 from scripts.ablations import interval
 from scripts.runs import Group, Run
-from scripts.summary import difference, embedded, label, metric_of
+from scripts.summary import difference, embedded, kept_apart, label, metric_of, shown
 from scripts.tables import NOT_RUN, Table, cell
 
 ADAPTIVE, FIXED = "sparsevlm_rank", "sparsevlm"
@@ -45,13 +45,14 @@ def rank_ablation(group: Group, metric: str | None = None) -> Table | None:
     caption = (
         f"Rank-adaptive sparsification against fixed keep lists with as many tokens (to {100 * _CLOSE:.0f} %): "
         f"{group.task} on the model {group.model}, {group.n} questions, seed {group.seed}. {embedded(group.model)}"
+        f"{kept_apart(group, metric)}"
         "Tokens: mean visual tokens that leave a layer; fewest and most of a question; their correlation with the "
-        f"length of the prompt. {metric}{unit} with 95 % bootstrap interval; adaptive less fixed, paired over the same "
-        "questions."
+        f"length of the prompt. {shown(metric)}{unit} with 95 % bootstrap interval; adaptive less fixed, paired over "
+        "the same questions."
     )
     columns = [
-        "adaptive", "tokens", "fewest to most", "correlation with prompt length", f"{metric}{unit} [95 %]",
-        "tokens of the fixed list", f"fixed: {metric}{unit} [95 %]", "difference [95 %]",
+        "adaptive", "tokens", "fewest to most", "correlation with prompt length", f"{shown(metric)}{unit} [95 %]",
+        "tokens of the fixed list", f"fixed: {shown(metric)}{unit} [95 %]", "difference [95 %]",
     ]  # fmt: skip
     return Table(f"rank__{group.name}", f"Rank-adaptive: {group.task}, {group.model}", caption, columns, rows, 1)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from eval.tasks.minivqa.utils import LANGUAGE_CONTROL, VISUAL
 from scripts.ablations import interval
 from scripts.runs import Group, Run
-from scripts.summary import UNPRUNED, difference, embedded, label, metric_of, place
+from scripts.summary import MATCHED, UNPRUNED, difference, embedded, kept_apart, label, metric_of, place, shown
 from scripts.tables import NOT_RUN, NOTHING, Cell, Table, cell
 
-CONTROLS = ("random", "random_layer", "downsample")
+CONTROLS = ("random", MATCHED, "random_layer", "downsample")
 SIGNIFICANT = "*"
 
 
@@ -17,8 +18,9 @@ def separation_table(group: Group, metric: str | None = None) -> Table | None:
     One row per method and budget; differences to a control are those at the same budget.
     """
     name, percent = metric_of(group, metric)
-    types = [k.split("/", 1)[1] for k in group.runs[0].metrics["metrics"] if k.startswith(f"{name}/")]
-    have = {r.metrics["method"] for r in group.runs}
+    base = "accuracy" if name == VISUAL else name
+    types = [k.split("/", 1)[1] for k in group.runs[0].metrics["metrics"] if k.startswith(f"{base}/")]
+    have = {label(r.metrics["method"], r.metrics["options"]) for r in group.runs}
     controls = [c for c in CONTROLS if c in have]
     if not types or not controls:
         return None
@@ -31,7 +33,7 @@ def separation_table(group: Group, metric: str | None = None) -> Table | None:
         overall = {"value": scale * found[name]["value"], "low": scale * low, "high": scale * high}
         row = [cell(method), cell(str(budget)), cell(interval(overall), run.folder.name)]
         for kind in types:
-            typed = found.get(f"{name}/{kind}")
+            typed = found.get(f"{base}/{kind}")
             row.append(cell(NOT_RUN if typed is None else f"{scale * typed['value']:.1f}", run.folder.name))
         others = [by_setting.get((c, budget)) for c in controls]
         row += [_against(run, other, name, scale) for other in [group.unpruned, *others]]
@@ -39,12 +41,13 @@ def separation_table(group: Group, metric: str | None = None) -> Table | None:
     n = {len(run.samples) // len(types) for run in group.runs}
     caption = (
         f"What separates the methods: {group.task} on the model {group.model}, {group.n} questions (about "
-        f"{max(n)} per type), seed {group.seed}. {embedded(group.model)}{name}"
+        f"{max(n)} per type), seed {group.seed}. {embedded(group.model)}{kept_apart(group, name)}{shown(name)}"
         f"{' in %' if percent else ''} with 95 % bootstrap interval, the same per type of question, and paired "
         "differences with 95 % bootstrap interval to the unpruned model and to the controls at the same budget: "
         f"{', '.join(controls)}. {SIGNIFICANT}: the interval does not contain 0. No correction for many comparisons."
     )
-    columns = ["method", "budget", f"{name}{' %' if percent else ''}", *types, "to unpruned"]
+    names = [f"{kind} (language control)" if kind in LANGUAGE_CONTROL else kind for kind in types]
+    columns = ["method", "budget", f"{shown(name)}{' %' if percent else ''}", *names, "to unpruned"]
     columns += [f"to {control}" for control in controls]
     title = f"Separation of methods: {group.task}, {group.model}, {group.n} questions"
     return Table(f"separation__{group.name}", title, caption, columns, rows)

@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 
 from eval.stats import paired_difference
-from scripts.runs import LATENCY, Group, Run, setting_key
+from eval.tasks.minivqa.utils import LANGUAGE_CONTROL, VISUAL
+from scripts.runs import LATENCY, Group, Run, of_language_control, setting_key
 from sparsevlm.methods import method_class
 
 UNPRUNED = "none"
+MATCHED = "random_layer (match=sparsevlm)"  # random tokens at the layers and in the numbers of SparseVLM
 _FIRST = (UNPRUNED, "random")  # then the others by name
 
 
@@ -27,7 +29,8 @@ class Summary:
         percent: whether the metric is a share, shown in %; else its own unit is.
         frame: one row per method and budget, also of settings that were not run (NaN everywhere). `method` is the name
             with options that are not defaults, `budget` is an int, "full" or "explicit". `value`, `low`, `high` (95 %),
-            `difference` to the unpruned run with `difference_low` and `difference_high` (paired), `retained` in %,
+            `difference` to the unpruned run with `difference_low` and `difference_high` (paired), the same as
+            `control` to the run of random tokens that has as many tokens in every layer (MATCHED), `retained` in %,
             `entering`, `leaving`, `prefill_gmacs`, `prefill_ms` and `prefill_ratio` with `_q25` and `_q75`, `run`, and
             `not_judged`: True where the run lacks the metric because no language model judged.
         latency: the latency run that the times are from, or None.
@@ -45,6 +48,25 @@ def embedded(model: str) -> str:
     if not model.startswith("mini"):
         return ""
     return "This is the small embedded model, not a 7B: its numbers say nothing about LLaVA-1.5. "
+
+
+def shown(metric: str) -> str:
+    """A metric as it is printed."""
+    return "visual accuracy" if metric == VISUAL else metric
+
+
+def kept_apart(group: Group, metric: str) -> str:
+    """What is to be said of a metric that leaves the language control out; nothing of others."""
+    if metric != VISUAL:
+        return ""
+    left_out = [[s["scores"]["accuracy"] for s in run.samples if of_language_control(s)] for run in group.runs]
+    found = [f"{100 * sum(scores) / len(scores):.1f}" for scores in left_out if scores]
+    low, high = (sorted(found, key=float)[i] for i in (0, -1))
+    return (
+        f"Visual accuracy is that of the {group.n - len(left_out[0])} questions that need the picture; the language "
+        f"control (`{'`, `'.join(LANGUAGE_CONTROL)}`, {len(left_out[0])} questions that need none) is kept apart: "
+        f"{low if low == high else f'{low} to {high}'} % in all runs here. "
+    )
 
 
 def label(method: str, options: dict) -> str:
@@ -69,26 +91,34 @@ def summarise(group: Group, runs: Iterable[Run], metric: str | None = None) -> S
         group: from `runs.accuracy_groups`.
         runs: all runs; among them the latency run is chosen that covers most of the group's settings, of several the
             newest.
-        metric: which metric; default: "accuracy", or else the first one.
+        metric: which metric; default: the visual accuracy, "accuracy", or else the first one.
 
     Raises:
         ValueError: a run does not have the metric; the message lists what it has.
     """
     metric, percent = metric_of(group, metric)
     latency = _latency_run(group, runs)
-    rows = [_row(run, group.unpruned, metric, 100.0 if percent else 1.0, latency) for run in group.runs]
+    controls = {
+        r.metrics["budget"]: r for r in group.runs if label(r.metrics["method"], r.metrics["options"]) == MATCHED
+    }
+    rows = []
+    for run in group.runs:
+        scale, control = 100.0 if percent else 1.0, controls.get(run.metrics["budget"])
+        rows.append(_row(run, group.unpruned, metric, scale, latency) | _to_control(run, control, metric, scale))
     return Summary(group, metric, percent, _with_gaps(pd.DataFrame(rows)), latency)
 
 
 def metric_of(group: Group, metric: str | None = None) -> tuple[str, bool]:
-    """The metric to show of a group (accuracy, or else the first one of a run that lacks none), and whether it is a
-    share, shown in %.
+    """The metric to show of a group, and whether it is a share, shown in %.
+
+    Without `metric` it is the accuracy on questions that need the picture, accuracy, or else the first one of a run
+    that lacks none.
 
     Raises:
         ValueError: a run does not have the metric asked for; the message lists what it has.
     """
     known = min(group.runs, key=lambda run: len(run.not_scored)).metrics["metrics"]
-    metric = metric or ("accuracy" if "accuracy" in known else next(iter(known)))
+    metric = metric or next((name for name in (VISUAL, "accuracy") if name in known), next(iter(known)))
     scored = [run for run in group.runs if metric not in run.not_scored]
     for run in scored:
         if metric not in run.metrics["metrics"]:
@@ -125,6 +155,16 @@ def _latency_rows(run: Run) -> dict[str, dict]:
     return {setting_key(r["method"], r["options"], r["budget"]): r for r in run.metrics["rows"]}
 
 
+def _to_control(run: Run, control: Run | None, metric: str, scale: float) -> dict:
+    """The difference to the matched control; none where it has not as many tokens in every layer."""
+    if control is None or metric in {*run.not_scored, *control.not_scored}:
+        return {}
+    if any(abs(run.metrics["tokens"][k] - control.metrics["tokens"][k]) > 0.05 for k in ("entering", "leaving")):
+        return {}
+    mean, low, high = (scale * x for x in difference(run, control, metric))
+    return {"control": mean, "control_low": low, "control_high": high}
+
+
 def _row(run: Run, unpruned: Run | None, metric: str, scale: float, latency: Run | None) -> dict:
     m = run.metrics
     found = {"value": np.nan, "ci95": None} if metric in run.not_scored else m["metrics"][metric]
@@ -158,8 +198,8 @@ def _row(run: Run, unpruned: Run | None, metric: str, scale: float, latency: Run
 
 _COLUMNS = [
     "method", "budget", "entering", "leaving", "value", "low", "high", "difference", "difference_low",
-    "difference_high", "retained", "prefill_gmacs", "prefill_ms", "prefill_ms_q25", "prefill_ms_q75", "prefill_ratio",
-    "prefill_ratio_q25", "prefill_ratio_q75", "run", "not_judged",
+    "difference_high", "control", "control_low", "control_high", "retained", "prefill_gmacs", "prefill_ms",
+    "prefill_ms_q25", "prefill_ms_q75", "prefill_ratio", "prefill_ratio_q25", "prefill_ratio_q75", "run", "not_judged",
 ]  # fmt: skip
 
 

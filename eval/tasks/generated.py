@@ -10,6 +10,7 @@ from eval.errors import UserError, unknown
 from eval.tasks.base import Task, TaskSettings
 from eval.tasks.folders import cache_dir
 from eval.tasks.minivqa import dataset as minivqa
+from eval.tasks.minivqa.utils import VISUAL
 from eval.tasks.minivqa_video import dataset as minivqa_video
 
 
@@ -55,7 +56,7 @@ def _generated(name: str, data, video: bool = False) -> Generated:
         lmms=(name,),
         folder=f"own:{name}",
         size=data.DEFAULT_N,
-        metrics={"accuracy": "fraction"},
+        metrics={"accuracy": "fraction"} if video else {VISUAL: "fraction", "accuracy": "fraction"},
         video=video,
         version=data.VERSION,
         build=data.build_dataset,

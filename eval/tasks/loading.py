@@ -68,7 +68,8 @@ class Loaded:
     def aggregate(self, evaluated: Mapping, samples: Sequence[dict]) -> dict[str, float]:
         """All metrics, "<metric>,none" -> value, as lmms-eval names them; the samples' scores become numbers, in place.
 
-        The headline comes first; where nothing was judged, that is exact match.
+        The headline comes first; where nothing was judged, that is exact match; it is missing where no question counts
+        for it.
         """
         if self.judge is not None:
             self.judge.put_in_order()
@@ -80,7 +81,7 @@ class Loaded:
             known = {}
         metrics = {k: float(v) for k, v in {**known, **own}.items() if isinstance(v, (int, float))}
         headline = self._headline(metrics)
-        ordered = {headline: metrics.pop(headline), **metrics}
+        ordered = {k: metrics[k] for k in (headline, *metrics) if k in metrics}
         return {f"{k},none": v for k, v in ordered.items()}
 
     def files(self, samples: Sequence[dict]) -> dict[str, str]:

@@ -132,7 +132,7 @@ def test_override_needs_the_data(tmp_path):
 )
 def test_exact_match(answer, output, score):
     result = process_results({"answer": answer, "question_type": "read"}, [output])
-    assert result == {"accuracy": score, "accuracy_read": score, "question_type": "read"}
+    assert result == {"visual_accuracy": score, "accuracy": score, "accuracy_read": score, "question_type": "read"}
     assert normalise("_a-B c\n") == "abc"
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from scripts import update_readme
 from scripts.make_tables import build_tables
 from scripts.runs import read_runs
 from scripts.tables import csv, latex, markdown
@@ -32,12 +35,56 @@ def test_tables_come_from_the_runs_beside_them(folder):
             assert path.read_text(encoding="utf-8") == written(tables[name]), path
 
 
-def test_the_readme_quotes_the_reference_table():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    table = next((REFERENCE / "tables").glob("minivqa__mini__n400__*.md")).read_text(encoding="utf-8").splitlines()
-    rows = [line for line in table if line.startswith("|")]
-    start = readme.index(rows[0])
-    assert readme[start : start + len(rows)] == rows
+def test_the_readme_quotes_the_reference():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert update_readme.updated(readme, REFERENCE) == readme, "python scripts/update_readme.py makes its tables anew"
+    changed = readme.replace("| none | full | 576.0 ", "| none | full | 577.0 ", 1)
+    assert changed != readme and update_readme.updated(changed, REFERENCE) == readme
+    with pytest.raises(ValueError, match="marks"):
+        update_readme.updated(readme.replace("<!-- flops -->", ""), REFERENCE)
+
+
+def committed_with_changes() -> dict[str, set[str]]:
+    """Folders under results/reference -> commits of their runs that were made with uncommitted changes."""
+    found: dict[str, set[str]] = {}
+    for path, git in records():
+        if git["dirty"]:
+            found.setdefault(str(path.relative_to(REFERENCE).parts[0]), set()).add(git["commit"])
+    return found
+
+
+def records() -> list[tuple[Path, dict]]:
+    """Every file of the reference that says at which commit it was made, and what it says."""
+    found = []
+    for path in sorted(REFERENCE.rglob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name != "env.json" and isinstance(content, dict) and "git" in content:
+            found.append((path, content["git"]))
+    return found
+
+
+# Made before commits were checked, still to be made anew at a clean one; a folder that has been goes from this list.
+MADE_WITH_CHANGES = {"methods", "runs", "separation", "separation_seeds"}
+
+
+def test_results_are_made_at_a_clean_commit_that_is_named():
+    assert {*committed_with_changes()} == MADE_WITH_CHANGES, "see the comment above MADE_WITH_CHANGES"
+    commits = {git["commit"] for _, git in records()}
+    assert all(len(commit) == 40 for commit in commits)
+    shallow = git_output("rev-parse", "--is-shallow-repository")
+    if shallow == "false":  # elsewhere (an archive, a shallow clone) the history cannot be asked
+        missing = [commit for commit in commits if git_output("cat-file", "-t", commit) != "commit"]
+        assert not missing
+
+
+def git_output(*arguments: str) -> str | None:
+    """What git prints; None where there is no git or no repository, or git refuses."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def test_the_pictures_of_the_readme_are_there():

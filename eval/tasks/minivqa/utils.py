@@ -2,6 +2,10 @@
 
 import re
 
+VISUAL = "visual_accuracy"
+#: types of question that need no picture: everybody answers them, so they dilute every difference
+LANGUAGE_CONTROL = ("next",)
+
 
 def doc_to_visual(doc: dict) -> list:
     """The picture, as RGB."""
@@ -24,8 +28,10 @@ def process_results(doc: dict, results: list[str]) -> dict:
 
     Returns:
         ``accuracy`` and ``accuracy_<question type>``: 1.0 or 0.0 (lmms-eval averages each over the questions that
-        returned it); ``question_type``: kept with the sample, not aggregated.
+        returned it), and ``visual_accuracy``, the same of questions that need the picture; ``question_type``: kept
+        with the sample, not aggregated.
     """
     score = float(normalise(results[0]) == normalise(doc["answer"]))
     type_ = doc["question_type"]
-    return {"accuracy": score, f"accuracy_{type_}": score, "question_type": type_}
+    visual = {} if type_ in LANGUAGE_CONTROL else {VISUAL: score}
+    return {**visual, "accuracy": score, f"accuracy_{type_}": score, "question_type": type_}
