@@ -9,6 +9,7 @@ from eval.tasks.base import EXACT_MATCH, Task, TaskSettings
 from eval.tasks.questions import LETTER, SHORT
 
 _SHORT, _LETTER = f"\n{SHORT}", f"\n{LETTER}"
+_NO_FLIP = "no video is flipped, where the authors leave a random horizontal flip on"
 _JUDGE = {"judge": None, "judge_url": None, "judge_timeout": None}
 _JUDGED = {"gpt_accuracy": "fraction", "gpt_score": "points", EXACT_MATCH: "fraction"}
 MVBENCH = (
@@ -117,7 +118,8 @@ def _video_qa(name: str, size: int) -> Task:
         overrides=_judged("video_qa"),
         judge="video_qa",
         video=True,
-        note="not shipped with lmms-eval; the authors' prompt (the bare question) and Video-ChatGPT's judge prompt",
+        note="not shipped with lmms-eval; the authors' prompt (the bare question) and Video-ChatGPT's judge prompt; "
+        + _NO_FLIP,
     )
 
 
@@ -256,7 +258,7 @@ BENCHMARKS = (
         overrides=_judged("video_qa"),
         judge="video_qa",
         video=True,
-        note="the bare question as in the data (lower case, no question mark), as the authors ask",
+        note=f"the bare question as in the data (lower case, no question mark), as the authors ask; {_NO_FLIP}",
     ),
     Task(
         name="videomme",
