@@ -78,6 +78,10 @@ class VisionMethod(Method):
     def hooks(self, attached: Vision | None) -> list[RemovableHandle]:
         return [] if attached is None else attached.handles()
 
+    def check_call(self, attached: Vision | None, arguments: dict) -> None:
+        if attached is not None:
+            attached.check_call(arguments)
+
     def announce(self, attached: Vision | None, input_ids: Tensor) -> None:
         if attached is not None:
             attached.announce(input_ids)

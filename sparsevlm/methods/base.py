@@ -88,6 +88,9 @@ class Method:
         """Further hooks of a method that acts in the vision tower or projector; they are removed with ours."""
         return []
 
+    def check_call(self, attached: Any, arguments: dict) -> None:
+        """Called before pictures are encoded, with the call's arguments. Raises ValueError if it cannot follow them."""
+
     def announce(self, attached: Any, input_ids: Tensor) -> None:
         """Called before pictures are encoded, with the new tokens [B, L] of the prompts that they belong to."""
 
@@ -102,6 +105,14 @@ class Method:
     def schedule(self, n_visual: int, n_layers: int, attached: Any) -> Schedule:
         """The same in a model that the method is installed in."""
         return self.plan(n_visual, n_layers)
+
+    def stages(self, counts: Sequence[int], n_layers: int, attached: Any) -> list[int]:
+        """Layers after which tokens may go, of prompts with these numbers of visual tokens."""
+        schedules = [self.schedule(n, n_layers, attached) for n in counts if n]
+        return sorted(
+            {layer for s in schedules for layer, n in zip(s.layers, s.after, strict=True) if n < s.n_visual}
+            | {layer for s in schedules for layer in s.layers if self.adaptive}
+        )
 
     def positions_after(self, layer: int) -> str:
         """`positions` of the rows that a stage on the output of `layer` leaves (-1 = before the language model)."""

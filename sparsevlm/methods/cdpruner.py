@@ -79,6 +79,8 @@ class CDPruner(VisionMethod):
     def announce(self, attached: Vision | None, input_ids: Tensor) -> None:
         super().announce(attached, input_ids)
         if attached is not None:
+            if (input_ids < 0).any():
+                raise ValueError("method 'cdpruner' reads the question: pass input_ids instead of inputs_embeds")
             loaded = attached.scratch["loaded"]
             attached.scratch["texts"] = [loaded.embed(loaded.question(row)) for row in input_ids]
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from sparsevlm.budget import Schedule
 from sparsevlm.methods.base import Method
 from sparsevlm.methods.fastv import FastV
@@ -38,10 +40,9 @@ class RandomLayer(FastV):
     seed: int = 0
 
     name: ClassVar[str] = "random_layer"
-    needs_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        self._like: SparseVLM | None = None
+        self._set("_like", None)
         if self.match != LIKE_SPARSEVLM:
             if self.layers is not None:
                 raise ValueError("layers are for match='sparsevlm'; use k, the number of layers that see everything")
@@ -50,9 +51,17 @@ class RandomLayer(FastV):
         if self.k is not None:
             raise ValueError("k is FastV's layer; with match='sparsevlm' use layers")
         Method.__post_init__(self)
-        self._like = like = SparseVLM(budget=self.budget, layers=self.layers, keep=self.keep)
-        self.layers, self.keep = like.layers, like.keep
-        self.needs_text, self.positions, self.merge_tokens = like.needs_text, like.positions, like.merge_tokens
+        self._set("_like", SparseVLM(budget=self.budget, layers=self.layers, keep=self.keep))
+        self._set("layers", self._like.layers)
+        self._set("keep", self._like.keep)
+
+    @property
+    def needs_text(self) -> bool:
+        return self._like is not None
+
+    @property
+    def positions(self) -> str:
+        return FastV.positions if self._like is None else self._like.positions
 
     def check(self, family: Family) -> None:
         if self._like is None:
@@ -65,3 +74,6 @@ class RandomLayer(FastV):
 
     begin = Random.begin
     score = Random.score
+
+    def merge_tokens(self, tokens: Tensor, clusters: Tensor, width: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._like.merge_tokens(tokens, clusters, width, valid)

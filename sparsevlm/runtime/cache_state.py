@@ -31,11 +31,13 @@ class CacheState:
     Attributes:
         dropped_at_input: by how much layer 0's cache is shorter than the input (methods that act before the language
             model); 0 if only the shorter samples of a batch lost tokens, None if none did.
+        block: the one whose `visual_mask` marks a prompt in this cache; 0 = none (see `inputs.GivenMask`).
     """
 
     starts: list[int] = field(default_factory=lambda: [0])
     segments: list[Segment] = field(default_factory=lambda: [Segment()])
     dropped_at_input: int | None = None
+    block: int = 0
 
     def at(self, layer: int) -> Segment:
         """The segment that `layer` belongs to."""

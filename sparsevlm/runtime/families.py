@@ -46,6 +46,24 @@ class Family:
         return getattr(config, "sliding_window", None)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a `peft.PeftModel`, whose adapters are in place there.
+
+    Raises:
+        ValueError: the wrapper adds tokens to prompts (prompt learning).
+    """
+    base = getattr(model, "get_base_model", None)
+    if not callable(base):
+        return model
+    active = getattr(model, "active_peft_config", None)
+    if getattr(active, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(model).__name__} adds virtual tokens to each prompt ({active.peft_type}), which pruning cannot "
+            "tell from the prompt's own; use an adapter that changes weights (LoRA, ...), or the model inside it"
+        )
+    return base()
+
+
 def locate(model: nn.Module) -> Family:
     """Find the parts of a supported model.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsevlm.core.packing import take
+from sparsevlm.runtime import inputs
 from sparsevlm.runtime.cache_state import (
     CacheState,
     cached_length,
@@ -22,15 +23,14 @@ from sparsevlm.runtime.cache_state import (
     seen_tokens,
     state_of,
 )
-from sparsevlm.runtime.families import locate
-from sparsevlm.runtime.masks import SegmentMasks, padding_from
+from sparsevlm.runtime.families import locate, unwrapped
+from sparsevlm.runtime.masks import SegmentMasks
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.prefill import Prefill
-from sparsevlm.runtime.prompt import read_prompt
+from sparsevlm.runtime.prompt import Prompt, read_prompt
 from sparsevlm.runtime.rows import column
 from sparsevlm.runtime.trace import Trace
 
-_PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "mm_encoder_outputs")
 _active: WeakSet = WeakSet()
 
 
@@ -53,22 +53,23 @@ class Hooks:
     """The hooks of one method in one model. One thread per model."""
 
     def __init__(self, method, model: nn.Module, visual_mask: Tensor | None):
-        self.method, self.model = method, model
-        self.family = locate(model)
+        self.method, self.model = method, unwrapped(model)
+        self.family = locate(self.model)
         if visual_mask is None and not self.family.visual_ids:
             raise ValueError("a plain text model needs visual_mask=: a [B, L] bool tensor, True at visual tokens")
         if visual_mask is not None and (visual_mask.dim() != 2 or visual_mask.dtype != torch.bool):
             raise ValueError(f"visual_mask must be [B, L] bool, not {tuple(visual_mask.shape)} {visual_mask.dtype}")
         method.check(self.family)
         self.attached = method.attach(self.family)
-        self.given_mask = visual_mask
+        self.given = None if visual_mask is None else inputs.GivenMask(visual_mask)
         self.trace = Trace()
         self.handles: list = []
         self.visual: Tensor | None = None  # of the call being made
-        self.mask = None  # attention_mask of the call, as the caller gave it
+        self.mask = self.positions = None  # attention_mask and position_ids of the call, as the caller gave them
         self.prefill: Prefill | None = None
         self.step: SegmentMasks | None = None  # of a call without visual tokens
         self.prompt_length: int | None = None  # inside generate()
+        self.own_positions = True  # position_ids of the call are the caller's own, not generate()'s
         self.own_generate = vars(model).get("generate")  # set on this object by the user
         self.hooked: set[int] = set()  # layers whose projections take what scoring computed
 
@@ -91,7 +92,7 @@ class Hooks:
             self.model.generate = self.own_generate
         else:
             self.model.__dict__.pop("generate", None)
-        self.prefill = self.step = self.visual = self.mask = None
+        self.prefill = self.step = self.visual = self.mask = self.positions = None
 
     def _wrap_generate(self) -> None:
         """Note how long the prompt is: assisted decoding and use_cache=False put other tokens into a prefill."""
@@ -104,45 +105,56 @@ class Hooks:
                 prompt = kwargs.get(name) if prompt is None else prompt
             prompt = args[0] if prompt is None and args else prompt
             self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.dim() > 1 else None
-            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            self._announce(_new_tokens(ids, kwargs), kwargs)
+            self.own_positions = kwargs.get("position_ids") is not None
             try:
+                self._check_prompt(kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)), kwargs)
                 return original(*args, **kwargs)
             finally:
-                self.prompt_length = None
+                self.prompt_length, self.own_positions = None, True
 
         self.model.generate = generate
+
+    def _check_prompt(self, ids: Tensor | None, kwargs: dict) -> None:
+        """Before generate() computes anything."""
+        tokens = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if self.given is not None and isinstance(tokens, Tensor) and not seen_tokens(kwargs.get("past_key_values")):
+            self.given.check_prompt(tokens)
+        ids = self._ids(ids, kwargs)
+        if ids is not None:
+            self._announce(inputs.new_tokens(ids, kwargs), kwargs)
 
     # ---- one call --------------------------------------------------------------------------------------------------
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The outermost module: find the visual tokens. Decode steps do nothing here, so nothing is waited for."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        embeds = kwargs.get("inputs_embeds")
         self.prefill = self.step = self.visual = None
-        self.mask = kwargs.get("attention_mask")
+        self.mask, self.positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        ids = self._ids(kwargs.get("input_ids", args[0] if args else None), kwargs)
         self._announce(ids, kwargs)
-        if self.given_mask is not None:
-            self.visual = self._given(embeds if embeds is not None else ids, kwargs.get("past_key_values"))
-        elif ids is not None and any(kwargs.get(name) is not None for name in _PIXELS):
-            self.visual = sum(ids == i for i in self.family.visual_ids).bool()
+        pictured = ids is not None and inputs.has_pixels(kwargs)
+        if self.given is not None:
+            generated = self.prompt_length is not None
+            self.visual = self.given.of(ids if embeds is None else embeds, cache, generated)
+            if self.visual is not None and pictured:
+                self.given.check_placeholders(self.visual, inputs.visual_tokens(self.family, ids))
+        elif pictured:
+            self.visual = inputs.visual_tokens(self.family, ids)
+        else:
+            inputs.refuse_unmarked(embeds, cache)
+
+    def _ids(self, ids: Tensor | None, kwargs: dict) -> Tensor | None:
+        """The ids [B, L] of a call; of embeddings that come with pictures those of the placeholders among them."""
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None and self.family.visual_ids and inputs.has_pixels(kwargs):
+            return inputs.placeholder_ids(self.family, embeds)
+        return ids if isinstance(ids, Tensor) else None
 
     def _announce(self, ids: Tensor | None, kwargs: dict) -> None:
         """Tell the method whose pictures are about to be encoded: those of `ids`, tokens that no cache holds yet."""
-        if isinstance(ids, Tensor) and any(kwargs.get(name) is not None for name in _PIXELS[:-1]):
+        if ids is not None and inputs.has_pixels(kwargs, inputs.RAW_PIXELS):
             with part("prompt"):
+                self.method.check_call(self.attached, kwargs)
                 self.method.announce(self.attached, ids)
-
-    def _given(self, tokens: Tensor, cache) -> Tensor | None:
-        """The caller's visual mask, for a call that starts a sequence; repeated for beams, extended by new tokens."""
-        mask = self.given_mask
-        batch, length = tokens.shape[:2]
-        if seen_tokens(cache) or length < mask.shape[1]:
-            return None
-        if batch % mask.shape[0]:
-            raise ValueError(f"visual_mask has {mask.shape[0]} rows, the input {batch}")
-        if batch != mask.shape[0]:
-            mask = mask.repeat_interleave(batch // mask.shape[0], 0)
-        return mask if length == mask.shape[1] else nn.functional.pad(mask, (0, length - mask.shape[1]))
 
     def _on_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict):
         """Before each decoder layer."""
@@ -172,11 +184,11 @@ class Hooks:
             cache.__dict__.pop("get_seq_length", None)
         if visual is None:
             return
+        if self.given is not None and cache is not None:
+            state_of(cache).block = self.given.block
         past = seen_tokens(cache)
-        if isinstance(self.mask, Tensor) and self.mask.dim() == 2:
-            key_mask = padding_from(self.mask, past, length)
-        else:  # none, or made for layer 0's cache
-            key_mask = padding_from(kwargs["attention_mask"], cached_length(cache, 0), length)
+        held = cached_length(cache, 0)
+        key_mask = inputs.key_mask_of(self.mask, kwargs["attention_mask"], past, held, length)
         limit = None
         if self.prompt_length is not None and self.prompt_length > past:
             limit = min(self.prompt_length - past, length)
@@ -184,6 +196,7 @@ class Hooks:
             prompt = read_prompt(visual, key_mask, past, limit, self.method.needs_text)
         if prompt is None:
             return
+        self._check_call(prompt, key_mask, held, cache)
         if prompt.padded:
             key_mask = key_mask.to(hidden.device)
             if cache is not None:
@@ -192,6 +205,20 @@ class Hooks:
         self.prefill = Prefill(self.method, self.attached, self.family, prompt, hidden, kwargs, cache, key_mask)
         self.trace.prefills.append(self.prefill.record)
         self._hook_projections(self.prefill.points)
+
+    def _check_call(self, prompt: Prompt, key_mask: Tensor | None, held: int, cache) -> None:
+        """Refuse masks and positions of the caller's own that could not be followed once tokens are dropped."""
+        stages = self.method.stages(prompt.counts, self.family.n_layers, self.attached)
+        if not stages:
+            return
+        inputs.check_backend(self.family.decoder.config._attn_implementation)
+        if self.prompt_length is None:  # generate() takes 2D masks only
+            inputs.check_mask(self.mask, self.family, key_mask, held, prompt.length)
+        if self.own_positions:
+            flash = "flash" in self.family.decoder.config._attn_implementation and len(prompt.real) == 1
+            packed = self.mask is None and (cache is None or flash)
+            renumber = any(self.method.positions_after(layer) == "renumber" for layer in stages)
+            inputs.check_positions(self.positions, prompt.real, packed, renumber)
 
     def _keep_first_mask(self, cache, key_mask: Tensor, length: int) -> None:
         """Remember the padding of layer 0's cache, from which later segments split off."""
@@ -208,6 +235,7 @@ class Hooks:
             return None
         if i == 0:
             self.step = None
+            self._check_step(state, hidden.shape[1], cache)
         if state.starts_own_masks(i):
             segment, (batch, n) = state.at(i), hidden.shape[:2]
             new = None
@@ -222,6 +250,19 @@ class Hooks:
                 rope = self.family.decoder.rotary_emb(hidden, position_ids=positions)
             self.step = SegmentMasks(self.family, segment.key_mask, cache, rope, positions)
         return self.step
+
+    def _check_step(self, state: CacheState, n: int, cache) -> None:
+        """Refuse a mask of the caller's own for `n` tokens on a pruned cache, unless it says what the cache knows."""
+        if self.prompt_length is not None or self.mask is None:
+            return
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 2:
+            return
+        if len(state.starts) == 1 and state.dropped_at_input is None:  # nothing was dropped
+            return
+        held = cached_length(cache, 0)
+        new = inputs.key_mask_of(self.mask, self.mask, held, held, n)[:, -n:]
+        key_mask = extended(state.segments[0].key_mask, held, new, len(new), n, new.device)
+        inputs.check_mask(self.mask, self.family, key_mask, held, n)
 
     def _on_output(self, module: nn.Module, args: tuple, out):
         """Give the caller a sequence of the length it passed in (zeros where tokens were dropped).
@@ -274,15 +315,3 @@ class Hooks:
     def _handed(self, i: int, name: str) -> Tensor | None:
         handed = self.prefill.handed if self.prefill is not None else None
         return handed.outputs.get(name) if handed is not None and handed.layer == i else None
-
-
-def _new_tokens(ids: Tensor | None, kwargs: dict) -> Tensor | None:
-    """Of the ids given to generate(), those that no cache holds yet.
-
-    They are all of the conversation, or, if the attention mask is longer, the new ones (transformers' generate
-    `_prefill`). A forward is always given the new ones.
-    """
-    mask = kwargs.get("attention_mask")
-    if not isinstance(ids, Tensor) or (isinstance(mask, Tensor) and mask.shape[-1] != ids.shape[1]):
-        return ids
-    return ids[:, seen_tokens(kwargs.get("past_key_values")) :]

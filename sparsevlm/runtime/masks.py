@@ -12,8 +12,8 @@ from sparsevlm.runtime.families import Family
 def padding_from(mask, past: int, length: int) -> Tensor | None:
     """Which keys are real, [B, past + length] bool, from a 2D mask or from sdpa's or eager's 4D one; None = all.
 
-    A 4D mask is read on its diagonal (a real token sees itself, also under a sliding window) and, for earlier turns, in
-    its last row.
+    A 4D mask is read on its diagonal (a real token sees itself, also under a sliding window); a key of an earlier turn
+    is real if any row sees it.
     """
     if isinstance(mask, dict):  # models with several kinds of layers
         mask = mask.get("full_attention", next(iter(mask.values())))
@@ -23,7 +23,7 @@ def padding_from(mask, past: int, length: int) -> Tensor | None:
         mask = mask[:, 0]
         mask = mask if mask.dtype == torch.bool else mask == 0
         new = mask[..., past : past + length].diagonal(dim1=1, dim2=2)
-        return torch.cat([mask[:, -1, :past], new], 1)
+        return torch.cat([mask[..., :past].any(1), new], 1)
     return mask[:, : past + length].bool()
 
 

@@ -19,72 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.parts import part
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A CLIP tower and how the model reads it.
-
-    Attributes:
-        module: the tower.
-        kind: "image" or "video"; a video's pictures are its frames.
-        layer: encoder layer whose output the features are.
-        grid: patches per side.
-        cls: whether the features contain the CLS token, as the first one.
-    """
-
-    module: nn.Module
-    kind: str
-    layer: int
-    grid: int
-    cls: bool
-
-    @property
-    def patches(self) -> int:
-        return self.grid**2
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one picture in the prompt."""
-        return self.patches + self.cls
-
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        """Encoder layers up to the one whose output the features are."""
-        return self.module.encoder.layers[: self.layer + 1]
-
-
-def find_towers(family: Family, name: str) -> list[Tower]:
-    """The vision towers of a model.
-
-    Raises:
-        ValueError: the model has none, or not one that `name` can act in; says why.
-    """
-    config = getattr(family.outer, "config", None)
-    found = [
-        (kind, getattr(family.outer, attribute))
-        for attribute, kind in (("vision_tower", "image"), ("image_tower", "image"), ("video_tower", "video"))
-        if hasattr(family.outer, attribute)
-    ]
-    if not found:
-        raise ValueError(
-            f"method {name!r} acts in the vision tower or the projector; this {config.model_type!r} model has neither. "
-            "Use a LLaVA model, or a method that acts in the language model"
-        )
-    at = config.vision_feature_layer
-    if not isinstance(at, int):
-        raise ValueError(f"method {name!r} needs features of one layer; vision_feature_layer is {at}")
-    towers = []
-    for kind, module in found:
-        if module.config.model_type != "clip_vision_model":
-            raise ValueError(f"method {name!r} needs a CLIP vision tower, not {module.config.model_type!r}")
-        depth = module.config.num_hidden_layers
-        layer = at - 1 if at >= 0 else depth + at
-        if not 0 <= layer < depth:
-            raise ValueError(f"method {name!r}: vision_feature_layer {at} is no output of the tower's {depth} layers")
-        cls = kind == "video" or getattr(config, "vision_feature_select_strategy", "default") != "default"
-        towers.append(Tower(module, kind, layer, module.config.image_size // module.config.patch_size, cls))
-    return towers
+from sparsevlm.runtime.towers import Tower, feature_choice, find_towers
 
 
 def share(budget: int, sizes: Sequence[int]) -> list[int]:
@@ -249,6 +184,7 @@ class Vision:
     def __init__(self, method, family: Family):
         self.method, self.family = method, family
         self.towers = find_towers(family, method.name)
+        self.choice = feature_choice(family.outer.config)
         self.tokens = max(t.tokens for t in self.towers)
         self.pictures: list[dict[str, int]] | None = None  # of each prompt, by kind, as announced
         self.announced = False
@@ -307,9 +243,25 @@ class Vision:
             raise ValueError(f"{n} pictures ({tower.kind}) were given, the prompts have room for {len(counts)}")
         return counts, [p.get(tower.kind, 0) for p in prompts]
 
+    def check_call(self, arguments: dict) -> None:
+        """Refuse a call that reads other features of the tower than those that the method was installed for.
+
+        Raises:
+            ValueError: another layer, or other tokens of it.
+        """
+        asked = feature_choice(self.family.outer.config, arguments)
+        if asked != self.choice:
+            raise ValueError(
+                f"method {self.method.name!r} was installed for vision_feature_layer={self.choice[0]}, "
+                f"vision_feature_select_strategy={self.choice[1]!r}, and the call asks for {asked[0]}, {asked[1]!r}; "
+                "set these in model.config before the `with` block"
+            )
+
     # ---- hooks -----------------------------------------------------------------------------------------------------
     def _enter(self, tower: Tower, module: nn.Module, args: tuple, kwargs: dict) -> None:
         pixels = args[0] if args else kwargs["pixel_values"]
+        layer = kwargs.get("output_hidden_states")  # the one that is read, where only that is kept
+        self.check_call({} if isinstance(layer, bool) else {"vision_feature_layer": layer})
         self.captured = {}
         counts, prompts = self._counts(tower, pixels.shape[0])
         self.encoding = self.last[tower.kind] = Encoding(tower, counts, prompts)

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import sparsevlm
+from sparsevlm.runtime.families import locate
 from tests.baselines.adapters import NAMES, Adapter, adapter
 from tests.tiny import logits, same
 
@@ -159,7 +160,8 @@ def test_tokens_are_exactly_as_planned_and_the_cache_is_really_shorter(name: str
     assert record.n_visual == a.n_visual and len(trace.prefills) == 1
     n_layers = record.n_layers
     if not method.adaptive:
-        plans = [method.plan(n, n_layers) for n in a.n_visual if n]
+        attached = method.attach(locate(a.model))  # which knows how many tokens a picture has
+        plans = [method.schedule(n, n_layers, attached) for n in a.n_visual if n]
         assert [p.leaving for p in plans] == [x for x, n in zip(record.leaving, a.n_visual, strict=True) if n]
         assert [p.entering for p in plans] == [x for x, n in zip(record.entering, a.n_visual, strict=True) if n]
     if method.budget is not None and name != "none":
