@@ -132,7 +132,9 @@ BENCHMARKS = (
         metrics={"exact_match": "fraction"},
         ours=("exact_match",),
         overrides=_gqa,
-        note="pictures are looked up one by one; lmms-eval copies all of them into memory and into its cache first",
+        note="an answer without full stops at its end must be the reference, as in LLaVA's script and GQA's, where "
+        "lmms-eval drops punctuation; pictures are looked up one by one: lmms-eval copies all of them into memory and "
+        "into its cache first",
     ),
     Task(
         name="mmbench",
@@ -146,7 +148,8 @@ BENCHMARKS = (
         score=scores.mmbench,
         group=lambda index: int(index) % 1_000_000,
         columns=("index",),
-        note="lmms-eval's rules for reading a letter out of an answer, without its random guesses for unreadable ones",
+        note="the data set's 4,329 rows, where LLaVA asked the 4,377 of mmbench_dev_20230712; lmms-eval's rules for "
+        "reading a letter out of an answer, without its random guesses for unreadable ones; LLaVA's go to a server",
     ),
     Task(
         name="mme",
@@ -159,7 +162,7 @@ BENCHMARKS = (
         score=scores.mme,
         group=lambda category, question: (category, question),
         columns=("category", "question_id"),
-        note="perception + cognition, as the paper's tables have it",
+        note="perception + cognition, as the paper's tables have it, answers read as by MME's calculation.py",
     ),
     Task(
         name="pope",
@@ -173,7 +176,8 @@ BENCHMARKS = (
         group=lambda category: category,
         columns=("category",),
         interleave=True,
-        note="mean F1 of the three splits",
+        note="mean F1 of the three splits, answers read as by LLaVA's eval_pope.py; 9,000 questions, where LLaVA asked "
+        "8,910 (POPE's first edition has 2,910 random ones)",
     ),
     Task(
         name="scienceqa",
@@ -193,7 +197,7 @@ BENCHMARKS = (
         metrics={"exact_match": "fraction"},
         ours=("exact_match",),
         overrides=_read("vqa"),
-        note="validation split; the papers' 78.5 is of the test server",
+        note="validation split; the papers' 78.5 is of the test server, for which vqav2_testdev writes the file",
     ),
     Task(
         name="textvqa",
@@ -242,7 +246,8 @@ BENCHMARKS = (
         score=scores.judge_runs,
         overrides=_judged("mmvet", **_post_prompt("")),
         judge="mmvet",
-        note="the bare question as prompt; lmms-eval asks for reasoning first, and scores 0 where its judge fails",
+        note="the bare question as prompt; lmms-eval asks for reasoning first, and scores 0 where its judge fails. The "
+        "judge is asked as by MM-Vet's authors, judge_runs times; the published judge is gpt-4-0613",
     ),
     _video_qa("tgif", 25_751),
     _video_qa("msvd", 13_157),

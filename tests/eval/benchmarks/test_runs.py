@@ -75,6 +75,18 @@ class TestWholeRuns:
         assert found["benchmark"]["scale"] == "percent" and found["benchmark"]["computed_by"] == "this project"
         assert found["benchmark"]["data"][0]["path"] == "lmms-lab-encoder/POPE" and found["benchmark"]["judge"] is None
 
+    def test_a_test_split_leaves_the_file_for_its_server(self, run):
+        assert run("vqav2_testdev", "method=sparsevlm", "budget=64", "experiment=llava_1_5_7b_paper") == 0
+        assert metrics()["metrics"] == {"answered": {"value": 3.0, "ci95": None, "n": 3}}
+        (file,) = Path("results/runs").glob("vqav2_testdev__*/submission.json")
+        assert [row["question_id"] for row in json.loads(file.read_text())] == [20, 21, 22]
+
+    def test_questions_without_a_picture(self, run):
+        assert run("scienceqa_full", "method=sparsevlm", "budget=64", "experiment=llava_1_5_7b_paper") == 0
+        (file,) = Path("results/runs").glob("scienceqa_full__*/samples.jsonl")
+        visual = [json.loads(line)["visual"] for line in file.read_text().splitlines()]
+        assert sorted(visual) == [0, 576]
+
     @pytest.mark.slow
     def test_several_tasks_of_lmms_eval_in_one_run(self, run):
         assert run("mvbench", "limit=20", **VIDEO) == 0
