@@ -33,7 +33,7 @@ def attention_rows(
         key: [B, H_kv, S, d], rotated; grouped-query attention if H_kv < H.
         scaling: factor of the logits.
         key_mask: [B, S] bool, False = padding; None = no padding.
-        bias: [T, S], see `causal_bias`, or [B, 1, T, S]; None = causal without a window.
+        bias: [T, S] or [B, 1, T, S], see `causal_bias`; None = causal without a window.
 
     Returns:
         [B, H, T, S]. Rows of padding tokens hold arbitrary finite values.

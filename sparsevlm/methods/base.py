@@ -40,7 +40,8 @@ class Method:
     name: ClassVar[str] = ""
     # read by the runtime; a method may make options of them
     early_drop = True  # a pruning layer computes only the rows that outlive it (see runtime/early.py)
-    positions = "original"  # position ids of survivors: their own, or "renumber" to 0 ... n - 1
+    # position ids of survivors: their own, or "renumber" to 0 ... n - 1; sliding windows count in them
+    positions = "original"
     recycled_at = "end"  # merged tokens come after the kept visual ones, or take the place of their "centre"
     needs_text: ClassVar[bool] = False  # tokens are rated by text after the image; a prompt without it stays whole
     scores_next: ClassVar[bool] = False  # score a stage with the norm and projections of the layer after it
@@ -62,9 +63,10 @@ class Method:
 
         Args:
             model: LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration, or a Llama, Mistral, Qwen2 or
-                Qwen3 text model.
-            visual_mask: [B, L] bool, where the prompt's visual tokens are, for callers that pass `inputs_embeds`.
-                Otherwise they are found from `input_ids`.
+                Qwen3 text model; also inside a `peft.PeftModel`.
+            visual_mask: [B, L] bool, where the visual tokens of the one prompt of this block are, for callers that pass
+                `inputs_embeds` with features in them. Otherwise they are found from `input_ids`, or from embeddings
+                that come with pixel values.
 
         Raises:
             ValueError: unsupported model, pruning layers that do not fit it, or another method active on it.

@@ -16,12 +16,15 @@ class Segment:
 
     Attributes:
         key_mask: [B, cached] bool, which of them are real; None = all.
+        places: [B, cached] int64, what sliding windows count in: the index that each token had before others were
+            dropped; None = one after the other.
         shift: renumbering: by how much the newest token's position is lower than its original one: an int, or
             [B, 1] int64 where samples differ.
     """
 
     key_mask: Tensor | None = None
     shift: Tensor | int = 0
+    places: Tensor | None = None
 
 
 @dataclass
@@ -48,7 +51,7 @@ class CacheState:
         i = bisect_right(self.starts, layer) - 1
         if self.starts[i] != layer:
             self.starts.insert(i + 1, layer)
-            self.segments.insert(i + 1, Segment(self.segments[i].key_mask, self.segments[i].shift))
+            self.segments.insert(i + 1, replace(self.segments[i]))
             i += 1
         return self.segments[i]
 

@@ -37,6 +37,11 @@ class Family:
     def n_layers(self) -> int:
         return len(self.decoder.layers)
 
+    @property
+    def sliding(self) -> bool:
+        """Whether any layer has a sliding window."""
+        return any(self.window(layer) is not None for layer in range(self.n_layers))
+
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer in tokens, None = full attention."""
         config = self.decoder.config

@@ -69,6 +69,7 @@ class Hooks:
         self.prefill: Prefill | None = None
         self.step: SegmentMasks | None = None  # of a call without visual tokens
         self.prompt_length: int | None = None  # inside generate()
+        self.seen = 0  # input tokens before the call being made
         self.own_positions = True  # position_ids of the call are the caller's own, not generate()'s
         self.own_generate = vars(model).get("generate")  # set on this object by the user
         self.hooked: set[int] = set()  # layers whose projections take what scoring computed
@@ -211,7 +212,8 @@ class Hooks:
         stages = self.method.stages(prompt.counts, self.family.n_layers, self.attached)
         if not stages:
             return
-        inputs.check_backend(self.family.decoder.config._attn_implementation)
+        kept = any(self.method.positions_after(layer) == "original" for layer in stages)
+        inputs.check_backend(self.family, kept)
         if self.prompt_length is None:  # generate() takes 2D masks only
             inputs.check_mask(self.mask, self.family, key_mask, held, prompt.length)
         if self.own_positions:
@@ -235,6 +237,7 @@ class Hooks:
             return None
         if i == 0:
             self.step = None
+            self.seen = seen_tokens(cache) if self.family.sliding else 0
             self._check_step(state, hidden.shape[1], cache)
         if state.starts_own_masks(i):
             segment, (batch, n) = state.at(i), hidden.shape[:2]
@@ -248,7 +251,10 @@ class Hooks:
             if isinstance(segment.shift, Tensor) or segment.shift:
                 positions = kwargs["position_ids"] - segment.shift
                 rope = self.family.decoder.rotary_emb(hidden, position_ids=positions)
-            self.step = SegmentMasks(self.family, segment.key_mask, cache, rope, positions)
+            if segment.places is not None:
+                new = (torch.arange(n, device=hidden.device) + (self.seen - segment.shift)).expand(batch, -1)
+                segment.places = torch.cat([segment.places[:, : cached_length(cache, i)].to(hidden.device), new], 1)
+            self.step = SegmentMasks(self.family, segment.key_mask, cache, rope, positions, segment.places)
         return self.step
 
     def _check_step(self, state: CacheState, n: int, cache) -> None:

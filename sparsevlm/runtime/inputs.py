@@ -111,8 +111,19 @@ class GivenMask:
 _NEW_BLOCK = "enter a new block with that prompt's mask"
 
 
-def check_backend(implementation: str) -> None:
-    """Raise NotImplementedError for flex_attention, which gave wrong results for layers of different lengths."""
+def check_backend(family: Family, original: bool) -> None:
+    """Refuse backends that cannot compute shortened layers; `original`: survivors keep their positions.
+
+    Raises:
+        NotImplementedError: flex_attention, which gave wrong results for layers of different lengths; FlashAttention
+            where a sliding window has to count dropped tokens.
+    """
+    implementation = family.decoder.config._attn_implementation
+    if "flash" in implementation and original and family.sliding:
+        raise NotImplementedError(
+            "FlashAttention counts a sliding window in the tokens that are left, but these keep their positions; "
+            "call model.set_attn_implementation('sdpa') first, or use positions='renumber'"
+        )
     if implementation == "flex_attention":
         raise NotImplementedError(
             "flex_attention cannot run layers of different lengths; call model.set_attn_implementation('sdpa') first"

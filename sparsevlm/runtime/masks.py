@@ -27,13 +27,23 @@ def padding_from(mask, past: int, length: int) -> Tensor | None:
     return mask[:, : past + length].bool()
 
 
-def causal_mask(family: Family, layer: int, hidden: Tensor, key_mask: Tensor | None, cache):
+def causal_mask(
+    family: Family, layer: int, hidden: Tensor, key_mask: Tensor | None, cache, places: Tensor | None = None
+):
     """The mask of one layer in the backend's own format, sized for that layer's cache.
 
+    A sliding window counts in `places` [B, cached + L] of the tokens (`Segment.places`); None = one after the other.
     No position_ids are passed: gaps in them would be taken for packed sequences (transformers masking_utils).
     """
-    make = create_causal_mask if family.window(layer) is None else create_sliding_window_causal_mask
+    window = family.window(layer)
+    make = create_causal_mask if window is None else create_sliding_window_causal_mask
+
+    def near(batch, head, query, key):
+        last = places.shape[1] - 1  # static caches have room for more
+        return places[batch, query.clamp(max=last)] - places[batch, key.clamp(max=last)] < window
+
     return make(
+        and_mask_function=None if window is None or places is None else near,
         config=family.decoder.config,
         inputs_embeds=hidden,
         attention_mask=key_mask,
@@ -46,8 +56,16 @@ def causal_mask(family: Family, layer: int, hidden: Tensor, key_mask: Tensor | N
 class SegmentMasks:
     """Keyword arguments for the layers of a segment: masks for its caches (one per kind of attention) and positions."""
 
-    def __init__(self, family: Family, key_mask: Tensor | None, cache, rope=None, position_ids: Tensor | None = None):
-        self.family, self.key_mask, self.cache = family, key_mask, cache
+    def __init__(
+        self,
+        family: Family,
+        key_mask: Tensor | None,
+        cache,
+        rope=None,
+        position_ids: Tensor | None = None,
+        places: Tensor | None = None,
+    ):
+        self.family, self.key_mask, self.cache, self.places = family, key_mask, cache, places
         self.rope, self.position_ids = rope, position_ids
         self._masks: dict = {}
 
@@ -55,7 +73,7 @@ class SegmentMasks:
         """What replaces the model's own arguments in `layer`; must be asked before that layer runs."""
         window = self.family.window(layer)
         if window not in self._masks:
-            self._masks[window] = causal_mask(self.family, layer, hidden, self.key_mask, self.cache)
+            self._masks[window] = causal_mask(self.family, layer, hidden, self.key_mask, self.cache, self.places)
         out = {"attention_mask": self._masks[window]}
         if self.rope is not None:
             # gaps in position_ids look like packed sequences to FlashAttention; the rotation is in position_embeddings

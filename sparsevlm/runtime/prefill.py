@@ -44,6 +44,8 @@ class Prefill(HasRows):
         source: [B, L] int64, index of each row in the call's input; None = the row's own.
         merged_sources: per stage so far the `source` [B, n] of its merged tokens (-1 = none).
         earlier: pruning state of the cache as earlier turns left it; None = they left none.
+        places: [B, L] int64, index of each row less that of the token after the call, where sliding windows count in
+            indices; None = rows come one after the other.
         tables: [1 or B, L, 2 d] cos and sin side by side of the current rows; None = those of the call.
         key_mask: [B, cached + L] bool of the current segment, None = no padding.
         attached: what `method.attach` made of the model.
@@ -74,6 +76,8 @@ class Prefill(HasRows):
         self.merged_sources: list[Tensor] = []
         self.call_positions, self.call_rope = kwargs["position_ids"], kwargs["position_embeddings"]
         self.tables: Tensor | None = None
+        self.places: Tensor | None = None
+        self.shift = state_of(cache).at(0).shift if getattr(cache, "sparsevlm", None) is not None else 0
         self.key_mask = key_mask if prompt.padded else None
         self.earlier = earlier_state(cache)
         self.raters: Tensor | None = None
@@ -144,6 +148,23 @@ class Prefill(HasRows):
         if window is not None or made is None or made.shape[0] != tail or made.shape[1] < length:
             made = self._bias = causal_bias(tail, length, dtype, self.device, window)
         return made[:, made.shape[1] - length :]
+
+    def window_bias(self, layer: int, tail: int, held: int, dtype: torch.dtype) -> Tensor:
+        """`bias` of the last `tail` rows for the `held` keys of earlier turns and the current ones in `layer`.
+
+        [tail, held + L], or [B, 1, tail, held + L] where a sliding window counts in places of its own.
+        """
+        window = self.family.window(layer)
+        bias = self.bias(tail, held + self.length, dtype, window)
+        if window is None:
+            return bias
+        cached = cached_length(self.cache, layer)  # more than a sliding cache holds
+        segment = state_of(self.cache).at(layer) if cached else Segment()
+        places = self.key_places(cached, segment)
+        if places is None:
+            return bias
+        far = places[:, -tail:, None] - places[:, None, cached - held :] >= window
+        return bias.expand(self.batch, 1, -1, -1).masked_fill(far[:, None], torch.finfo(dtype).min)
 
     def lowest(self, dtype: torch.dtype) -> Tensor:
         """Scalar: what a mask adds to logits of keys that a row does not see."""
@@ -229,13 +250,14 @@ class Prefill(HasRows):
                 hidden = take(hidden, index)
         left = [k + m for k, m in zip(d.keep, d.merged, strict=True)]
         self.tokens = [t - n + x for t, n, x in zip(self.tokens, self.n_visual, left, strict=True)]
-        real = None if self.key_mask is None else self.key_mask[:, -self.length :]
+        length = self.length
+        real = None if self.key_mask is None else self.key_mask[:, -length:]
         made = self.rows.merge(d, hidden, self.source, self.method, self.tokens, real)
         self.rows, self.source = made.rows, made.source
         if made.merged is not None:
             self.merged_sources.append(made.merged)
         if original and made.follow is not None:
-            self._take_rope(made.follow())
+            self._take_rope(made.follow(), length)
         self._align_text()
         with part("masks"):
             self._begin_segment(d.layer + 1, made.hidden)
@@ -254,10 +276,14 @@ class Prefill(HasRows):
             self.key_mask = self.key_mask[:, -length:].gather(1, index)
         self.source = index if self.source is None else self.source.gather(1, index)
         if rope:
-            self._take_rope(index)
+            self._take_rope(index, length)
         return index, d
 
-    def _take_rope(self, index: Tensor) -> None:
+    def _take_rope(self, index: Tensor, length: int) -> None:
+        """Let rows `index` [B, N] of `length` keep their rotation, and their distances under a sliding window."""
+        if self.family.sliding:
+            places = (self.numbers[:length] - length).expand(self.batch, -1) if self.places is None else self.places
+            self.places = places.gather(1, index)
         self.tables = take(self.call_tables if self.tables is None else self.tables, index)
 
     def _align_text(self) -> None:
@@ -288,12 +314,33 @@ class Prefill(HasRows):
             report_seen_tokens(self.cache)
         if self.method.positions_after(layer - 1) == "renumber":
             shift = self._renumber(padding, shift, hidden)
-            self.renumbered = True
+            self.renumbered, self.places = True, None
         elif self.renumbered and segment is not None:  # at an earlier stage of this call: the positions stay as there
             shift = state_of(self.cache).at(layer - 1).shift
+        self.shift = shift
+        places = self.key_places(cached, before)
         if segment is not None:
-            segment.key_mask, segment.shift = self.key_mask, shift
-        self.segment_masks = SegmentMasks(self.family, self.key_mask, self.cache, self.rope)
+            segment.key_mask, segment.shift, segment.places = self.key_mask, shift, places
+        self.segment_masks = SegmentMasks(self.family, self.key_mask, self.cache, self.rope, places=places)
+
+    def key_places(self, cached: int, before: Segment) -> Tensor | None:
+        """`Segment.places` [B, cached + L] of keys cached in earlier turns and of the current rows.
+
+        Args:
+            cached: tokens of earlier turns.
+            before: the segment as these turns left it.
+        """
+        old = before.places
+        if not self.family.sliding or (self.places is None and old is None):
+            return None
+        rows = self.numbers[: self.length] - self.length if self.places is None else self.places
+        new = (rows + (self.prompt.past + self.prompt.length - self.shift)).expand(self.batch, -1)
+        if not cached:
+            return new
+        if old is None:
+            index = torch.arange(-cached, 0, device=self.device)
+            old = (index + (self.prompt.past - before.shift)).expand(self.batch, -1)
+        return torch.cat([old[:, :cached].to(self.device), new], 1)
 
     def _renumber(self, padding: list[int], shift: Tensor | int, hidden: Tensor) -> Tensor | int:
         """The i-th remaining token takes the place of the i-th token, less what earlier turns are short of."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.scores import attention_rows
-from sparsevlm.runtime.cache_state import extended, state_of
+from sparsevlm.runtime.cache_state import cached_length, extended, state_of
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.rows import Block, HasRows, Scattered
 
@@ -106,7 +106,7 @@ class Stage(HasRows):
             query = p.family.rotate(query, cos[:, -tail:], sin[:, -tail:])
             key, mask = self.keys()
             dtype = at_least_float32(query.dtype)
-            bias = p.bias(tail, key.shape[2], dtype, p.family.window(self.module))
+            bias = p.window_bias(self.module, tail, key.shape[2] - p.length, dtype)
             return attention_rows(query, key, attention.scaling, mask, bias)
 
     def keys(self) -> tuple[Tensor, Tensor | None]:
@@ -116,7 +116,9 @@ class Stage(HasRows):
         if earlier is None:
             return key, mask
         # what the cache of `module` holds may differ from that of the layer before
-        held = state_of(p.cache).at(self.module).key_mask
+        held, total = state_of(p.cache).at(self.module).key_mask, cached_length(p.cache, self.module)
+        if held is not None:  # a sliding cache has the last ones
+            held = held[:, total - earlier.shape[2] : total]
         new = None if mask is None else mask[:, -p.length :]
         mask = extended(held, earlier.shape[2], new, *self.hidden.shape[:2], self.hidden.device)
         return torch.cat([earlier, key], 2), mask
