@@ -170,8 +170,8 @@ def test_no_product_is_overlooked(monkeypatch):
     from fvcore.nn import FlopCountAnalysis
 
     seen = []
-    original = FlopCountAnalysis.by_module
-    monkeypatch.setattr(FlopCountAnalysis, "by_module", lambda self: seen.append(self) or original(self))
+    original = FlopCountAnalysis.by_module_and_operator
+    monkeypatch.setattr(FlopCountAnalysis, "by_module_and_operator", lambda self: seen.append(self) or original(self))
     count("mini", "sparsevlm", 64, text_tokens=20)
     unknown = {name.removeprefix("aten::") for analysis in seen for name in analysis.unsupported_ops()}
     assert len(seen) == 2 and "mul" in unknown
