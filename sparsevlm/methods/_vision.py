@@ -31,6 +31,7 @@ class VisionMethod(Method):
     """A subclass overrides `reduce`, or `tower_hooks` and `encode` if it changes the tower itself."""
 
     positions: ClassVar[str] = "renumber"
+    reads_text: ClassVar[bool] = False
     captures: ClassVar[bool] = False  # needs states, queries and keys of the feature layer
     after_projector: ClassVar[bool] = False  # works on what the projector makes instead of what it gets
 
@@ -85,6 +86,10 @@ class VisionMethod(Method):
     def announce(self, attached: Vision | None, input_ids: Tensor) -> None:
         if attached is not None:
             attached.announce(input_ids)
+
+    def forget(self, attached: Vision | None) -> None:
+        if attached is not None:
+            attached.forget()
 
     def plan(self, n_visual: int, n_layers: int) -> Schedule:
         """For a prompt of one picture."""

@@ -44,6 +44,7 @@ class Method:
     positions = "original"
     recycled_at = "end"  # merged tokens come after the kept visual ones, or take the place of their "centre"
     needs_text: ClassVar[bool] = False  # tokens are rated by text after the image; a prompt without it stays whole
+    reads_text: ClassVar[bool] = True  # what stays depends on the text after the image
     scores_next: ClassVar[bool] = False  # score a stage with the norm and projections of the layer after it
     scores_entered: ClassVar[bool] = False  # also looks at the states that entered the layer (`Prefill.entered`)
     adaptive: ClassVar[bool] = False  # counts depend on the picture: the host must wait for the device at each stage
@@ -95,6 +96,9 @@ class Method:
 
     def announce(self, attached: Any, input_ids: Tensor) -> None:
         """Called before pictures are encoded, with the new tokens [B, L] of the prompts that they belong to."""
+
+    def forget(self, attached: Any) -> None:
+        """Called when that call has failed: what was announced does not come."""
 
     def plan(self, n_visual: int, n_layers: int) -> Schedule:
         """The schedule for a prompt; by default nothing is dropped.

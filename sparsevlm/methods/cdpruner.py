@@ -53,6 +53,7 @@ class CDPruner(VisionMethod):
     name: ClassVar[str] = "cdpruner"
     captures: ClassVar[bool] = True
     after_projector: ClassVar[bool] = True
+    reads_text: ClassVar[bool] = True
 
     def check(self, family: Family) -> None:
         find_towers(family, self.name)

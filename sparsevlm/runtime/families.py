@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 VISION_LANGUAGE_MODELS = ("llava", "video_llava")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def locate(model: nn.Module) -> Family:
             + _reason(decoder.config)
         )
     attention = decoder.layers[0].self_attn
-    missing = [p for p in ("q_proj", "k_proj", "v_proj") if not hasattr(attention, p)]
+    missing = [p for p in PROJECTIONS if not hasattr(attention, p)]
     if missing:
         raise ValueError(f"the attention of {text_kind!r} has no {', '.join(missing)} (fused projections?)")
     rotate_half = getattr(sys.modules[type(attention).__module__], "rotate_half", None)

@@ -7,50 +7,64 @@ see layer p unpruned and p + 1 pruned, whatever the order of installation.
 from __future__ import annotations
 
 import functools
+import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from sparsevlm.core.packing import take
-from sparsevlm.runtime import inputs
+from sparsevlm.runtime import generation, inputs, ownership
 from sparsevlm.runtime.cache_state import (
     CacheState,
+    admit,
     cached_length,
     extended,
+    lock,
     seen_tokens,
     state_of,
+    static_length,
+    unlock,
+    whole,
 )
 from sparsevlm.runtime.families import locate, unwrapped
 from sparsevlm.runtime.masks import SegmentMasks
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.prefill import Prefill
+from sparsevlm.runtime.projections import Projections
 from sparsevlm.runtime.prompt import Prompt, read_prompt
 from sparsevlm.runtime.rows import column
 from sparsevlm.runtime.trace import Trace
 
-_active: WeakSet = WeakSet()
+_PASSED_BY = (
+    "inside the `with` block of a method its layers can be called only through the {0} that they are part of: call the "
+    "model itself (model(...), model.generate(...)), not a part or the forward() of a part"
+)
 
 
 @contextmanager
 def install(method, model: nn.Module, visual_mask: Tensor | None = None) -> Iterator[Trace]:
     """Context manager behind `method(model)`; see `Method.__call__`."""
-    hooks = Hooks(method, model, visual_mask)
-    if hooks.family.decoder in _active:
-        raise ValueError("a method is already active on this model; leave its `with` block first")
-    _active.add(hooks.family.decoder)
-    try:
-        hooks.add()
-        yield hooks.trace
-    finally:
-        hooks.remove()
-        _active.discard(hooks.family.decoder)
+    hooks = Hooks(method, getattr(model, "_orig_mod", model), visual_mask)  # torch.compile(model) wraps the model
+    with ownership.owning(hooks):
+        try:
+            hooks.add()
+            yield hooks.trace
+        finally:
+            hooks.remove()
 
 
 class Hooks:
-    """The hooks of one method in one model. One thread per model."""
+    """The hooks of one method in one model.
+
+    Attributes:
+        thread: the one that may call the model.
+        calling: whether the outermost module is being called.
+        visual, mask, prefill, step: of that call; nothing is left of it when it ends, also by an error.
+        generating: whether `generate()` runs; prompt_length, prunable: of its prompt.
+    """
 
     def __init__(self, method, model: nn.Module, visual_mask: Tensor | None):
         self.method, self.model = method, unwrapped(model)
@@ -64,15 +78,18 @@ class Hooks:
         self.given = None if visual_mask is None else inputs.GivenMask(visual_mask)
         self.trace = Trace()
         self.handles: list = []
-        self.visual: Tensor | None = None  # of the call being made
-        self.mask = self.positions = None  # attention_mask and position_ids of the call, as the caller gave them
-        self.prefill: Prefill | None = None
-        self.step: SegmentMasks | None = None  # of a call without visual tokens
-        self.prompt_length: int | None = None  # inside generate()
+        self.classes: list[tuple[nn.Module, type]] = []  # what modules were instances of
+        self.thread = threading.get_ident()
+        self.described = repr(method)
+        self.parameters = list(inspect.signature(type(self.family.outer).forward).parameters)[1:]
+        self.generating, self.prunable, self.warned = False, False, False
+        self.prompt_length: int | None = None
         self.seen = 0  # input tokens before the call being made
         self.own_positions = True  # position_ids of the call are the caller's own, not generate()'s
         self.own_generate = vars(model).get("generate")  # set on this object by the user
-        self.hooked: set[int] = set()  # layers whose projections take what scoring computed
+        self.projections = Projections(self)
+        self.cache_state: CacheState | None = None  # of a pruned cache that the call goes on with
+        self._forget()
 
     # ---- installing ------------------------------------------------------------------------------------------------
     def add(self) -> None:
@@ -80,43 +97,76 @@ class Hooks:
         keep = self.handles.append
         keep(family.outer.register_forward_pre_hook(self._on_call, with_kwargs=True))
         keep(family.decoder.register_forward_hook(self._on_output))
+        keep(family.outer.register_forward_hook(self._after_call))  # last, also on the same module
         for i, layer in enumerate(family.decoder.layers):
             keep(layer.register_forward_pre_hook(functools.partial(self._on_layer, i), with_kwargs=True))
         self.handles += self.method.hooks(self.attached)
-        if hasattr(self.model, "generate"):
-            self._wrap_generate()
+        ownership.own(self.model, family, self.classes)
+        generation.entered(self.model, self)
+        if self.own_generate is not None:
+            call = functools.partial(generation.inside_generate, self, self.own_generate)
+            self.model.generate = functools.wraps(self.own_generate)(lambda *args, **kwargs: call(args, kwargs))
 
     def remove(self) -> None:
-        while self.handles:
-            self.handles.pop().remove()
         if self.own_generate is not None:
             self.model.generate = self.own_generate
+        generation.left(self.model)
+        ownership.disown(self.classes)
+        while self.handles:
+            self.handles.pop().remove()
+        self._forget()
+
+    def check_thread(self) -> None:
+        """Refuse calls from other threads than the one that entered the block."""
+        if not torch.compiler.is_compiling():  # generate() has checked already
+            ownership.check_thread(self.thread)
+
+    # ---- one call --------------------------------------------------------------------------------------------------
+    def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """The outermost module: find the visual tokens. Decode steps do nothing here, so nothing is waited for."""
+        self.check_thread()
+        if args:
+            kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
+        self._forget()
+        self.calling, self.mask, self.positions = True, kwargs.get("attention_mask"), kwargs.get("position_ids")
+        self.cache_state = admit(cache, self.described)
+        ids = self._ids(kwargs.get("input_ids"), kwargs)
+        self._announce(ids, kwargs)
+        pictured = ids is not None and inputs.has_pixels(kwargs)
+        if self.given is not None:
+            self.visual = self.given.of(ids if embeds is None else embeds, cache, self.generating)
+            if self.visual is not None and pictured:
+                self.given.check_placeholders(self.visual, inputs.visual_tokens(self.family, ids))
+        elif pictured:
+            self.visual = inputs.visual_tokens(self.family, ids)
         else:
-            self.model.__dict__.pop("generate", None)
-        self.prefill = self.step = self.visual = self.mask = self.positions = None
+            inputs.refuse_unmarked(embeds, cache)
 
-    def _wrap_generate(self) -> None:
-        """Note how long the prompt is: assisted decoding and use_cache=False put other tokens into a prefill."""
-        original = self.model.generate
+    def _after_call(self, module: nn.Module, args: tuple, out) -> None:
+        self._forget()
 
-        @functools.wraps(original)
-        def generate(*args, **kwargs):
-            prompt = kwargs.get("attention_mask")
-            for name in ("inputs_embeds", "input_ids", "inputs"):
-                prompt = kwargs.get(name) if prompt is None else prompt
-            prompt = args[0] if prompt is None and args else prompt
-            self.prompt_length = prompt.shape[1] if isinstance(prompt, Tensor) and prompt.dim() > 1 else None
-            self.own_positions = kwargs.get("position_ids") is not None
-            try:
-                self._check_prompt(kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None)), kwargs)
-                return original(*args, **kwargs)
-            finally:
-                self.prompt_length, self.own_positions = None, True
+    def call_failed(self) -> None:
+        """Leave nothing of a call for the next one."""
+        if threading.get_ident() != self.thread:  # one that was refused
+            return
+        if self.visual is not None:  # before layer 0
+            self.method.forget(self.attached)
+        if self.prefill is not None and self.prefill.cache is not None:  # in the middle
+            lock(self.prefill.cache, None)
+        self._forget()
 
-        self.model.generate = generate
+    def _forget(self) -> None:
+        if self.cache_state is not None:
+            self.cache_state.admitted = False
+        self.calling, self.cache_state = False, None
+        self.visual: Tensor | None = None
+        self.mask = self.positions = None  # attention_mask and position_ids, as the caller gave them
+        self.prefill: Prefill | None = None
+        self.step: SegmentMasks | None = None  # of a call without visual tokens
 
-    def _check_prompt(self, ids: Tensor | None, kwargs: dict) -> None:
-        """Before generate() computes anything."""
+    def check_prompt(self, ids: Tensor | None, kwargs: dict) -> None:
+        """Refuse what generate() could not prune, and announce the pictures of its prompt."""
         tokens = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if self.given is not None and isinstance(tokens, Tensor) and not seen_tokens(kwargs.get("past_key_values")):
             self.given.check_prompt(tokens)
@@ -124,24 +174,9 @@ class Hooks:
         if ids is not None:
             self._announce(inputs.new_tokens(ids, kwargs), kwargs)
 
-    # ---- one call --------------------------------------------------------------------------------------------------
-    def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """The outermost module: find the visual tokens. Decode steps do nothing here, so nothing is waited for."""
-        self.prefill = self.step = self.visual = None
-        self.mask, self.positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get("past_key_values")
-        ids = self._ids(kwargs.get("input_ids", args[0] if args else None), kwargs)
-        self._announce(ids, kwargs)
-        pictured = ids is not None and inputs.has_pixels(kwargs)
-        if self.given is not None:
-            generated = self.prompt_length is not None
-            self.visual = self.given.of(ids if embeds is None else embeds, cache, generated)
-            if self.visual is not None and pictured:
-                self.given.check_placeholders(self.visual, inputs.visual_tokens(self.family, ids))
-        elif pictured:
-            self.visual = inputs.visual_tokens(self.family, ids)
-        else:
-            inputs.refuse_unmarked(embeds, cache)
+    def may_prune(self, kwargs: dict) -> bool:
+        """Whether a call with these arguments may bring visual tokens."""
+        return self.given is not None or inputs.has_pixels(kwargs)
 
     def _ids(self, ids: Tensor | None, kwargs: dict) -> Tensor | None:
         """The ids [B, L] of a call; of embeddings that come with pictures those of the placeholders among them."""
@@ -158,7 +193,14 @@ class Hooks:
                 self.method.announce(self.attached, ids)
 
     def _on_layer(self, i: int, layer: nn.Module, args: tuple, kwargs: dict):
-        """Before each decoder layer."""
+        """Before each decoder layer.
+
+        Raises:
+            ValueError: the decoder or a layer was called directly, and where visual tokens are is not known.
+        """
+        self.check_thread()
+        if not self.calling:
+            raise ValueError(_PASSED_BY.format(type(self.family.outer).__name__))
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
         if i == 0:
@@ -181,9 +223,9 @@ class Hooks:
         visual, self.visual = self.visual, None
         length = hidden.shape[1]
         if cache is not None and length > 1 and cached_length(cache, 0) == 0:
-            cache.sparsevlm = None  # a fresh or reset cache
-            cache.__dict__.pop("get_seq_length", None)
+            unlock(cache)  # a fresh or reset cache
         if visual is None:
+            self._refuse_parts(cache, length, None)
             return
         if self.given is not None and cache is not None:
             state_of(cache).block = self.given.block
@@ -195,17 +237,22 @@ class Hooks:
             limit = min(self.prompt_length - past, length)
         with part("prompt"):
             prompt = read_prompt(visual, key_mask, past, limit, self.method.needs_text)
+        self._refuse_parts(cache, length, prompt)
         if prompt is None:
+            return
+        if prompt.open_ended and cache is not None:
+            stages = self.method.stages([n for n in prompt.n_visual if n], self.family.n_layers, self.attached)
+            state_of(cache).open_ended = bool(stages)
+        if not prompt.visual.any():
             return
         self._check_call(prompt, key_mask, held, cache)
         if prompt.padded:
             key_mask = key_mask.to(hidden.device)
             if cache is not None:
-                self._keep_first_mask(cache, key_mask, length)
-                key_mask = state_of(cache).segments[0].key_mask
+                key_mask = self._keep_first_mask(cache, key_mask, length)
         self.prefill = Prefill(self.method, self.attached, self.family, prompt, hidden, kwargs, cache, key_mask)
         self.trace.prefills.append(self.prefill.record)
-        self._hook_projections(self.prefill.points)
+        self.projections.hook(self.prefill.points)
 
     def _check_call(self, prompt: Prompt, key_mask: Tensor | None, held: int, cache) -> None:
         """Refuse masks and positions of the caller's own that could not be followed once tokens are dropped."""
@@ -222,13 +269,31 @@ class Hooks:
             renumber = any(self.method.positions_after(layer) == "renumber" for layer in stages)
             inputs.check_positions(self.positions, prompt.real, packed, renumber)
 
-    def _keep_first_mask(self, cache, key_mask: Tensor, length: int) -> None:
-        """Remember the padding of layer 0's cache, from which later segments split off."""
+    def _refuse_parts(self, cache, length: int, prompt: Prompt | None) -> None:
+        """Refuse a prompt that comes in parts, where it would be pruned otherwise than as a whole.
+
+        Raises:
+            ValueError: text after images on which it would have had a say, or the next part of an image.
+        """
+        state: CacheState | None = getattr(cache, "sparsevlm", None)
+        if state is None or not state.open_ended:
+            return
+        own = length > 1 and (self.prompt_length is None or seen_tokens(cache) < self.prompt_length)  # not generated
+        if own and (self.method.reads_text or (prompt is not None and prompt.visual[:, 0].any())):
+            raise ValueError(
+                "this call goes on with a prompt whose last call ended with an image: in parts it would be pruned "
+                "otherwise than as a whole, or not at all. Pass images and the text after them in one call"
+            )
+        state.open_ended = False
+
+    def _keep_first_mask(self, cache, key_mask: Tensor, length: int) -> Tensor:
+        """Remember the padding of layer 0's cache, from which later segments split off, and return it."""
         state, new = state_of(cache), key_mask[:, -length:]
         if state.dropped_at_input is not None:
             first = state.segments[0].key_mask
             key_mask = extended(first, cached_length(cache, 0), new, *new.shape, new.device)
-        state.segments[0].key_mask = key_mask
+        state.segments[0].key_mask = whole(key_mask, cache, 0)
+        return key_mask
 
     def _continue(self, i: int, hidden: Tensor, kwargs: dict, cache) -> SegmentMasks | None:
         """A call without visual tokens on a cache that was pruned: masks and positions of each segment."""
@@ -244,9 +309,10 @@ class Hooks:
             new = None
             if n > 1 and isinstance(self.mask, Tensor) and self.mask.dim() == 2:
                 new = self.mask[:, -n:].bool().to(hidden.device)
-            if segment.key_mask is not None or new is not None:
+            if new is not None or (segment.key_mask is not None and static_length(cache, i) is None):
                 cached = cached_length(cache, i)
-                segment.key_mask = extended(segment.key_mask, cached, new, batch, n, hidden.device)
+                key_mask = extended(segment.key_mask, cached, new, batch, n, hidden.device)
+                segment.key_mask = whole(key_mask, cache, i)
             rope = positions = None
             if isinstance(segment.shift, Tensor) or segment.shift:
                 positions = kwargs["position_ids"] - segment.shift
@@ -279,6 +345,8 @@ class Hooks:
         prefill, self.prefill, self.step = self.prefill, None, None
         if prefill is None or prefill.source is None:  # no row has moved
             return None
+        if prefill.cache is not None:
+            lock(prefill.cache, self.described)
         hidden, real = out.last_hidden_state, None
         if prefill.key_mask is not None:
             real = prefill.key_mask[:, -prefill.length :]
@@ -294,30 +362,3 @@ class Hooks:
                 place = end[..., None].expand(-1, -1, hidden.shape[2])
                 full.scatter_(1, place, take(hidden, row))
         return out
-
-    # ---- what scoring has computed already -------------------------------------------------------------------------
-    def _hook_projections(self, layers: list[int]) -> None:
-        """Let pruning layers take it; the others stay without hooks there, which would slow each decode step."""
-        for i in {*layers} - self.hooked - {-1}:
-            self.hooked.add(i)
-            attention = self.family.decoder.layers[i].self_attn
-            for name in ("q_proj", "k_proj", "v_proj"):
-                module = getattr(attention, name)
-                self.handles.append(module.register_forward_pre_hook(functools.partial(self._shorten, i, name)))
-                self.handles.append(module.register_forward_hook(functools.partial(self._complete, i, name)))
-
-    def _shorten(self, i: int, name: str, module: nn.Module, args: tuple):
-        """Pre-hook of a projection: leave out the last rows, whose output is there."""
-        made = self._handed(i, name)
-        return None if made is None else (args[0][:, : args[0].shape[1] - made.shape[1]],)
-
-    def _complete(self, i: int, name: str, module: nn.Module, args: tuple, out: Tensor):
-        """Forward hook of it: add them."""
-        made = self._handed(i, name)
-        if made is None:
-            return None
-        return torch.cat([out, made], 1) if out.shape[1] else made
-
-    def _handed(self, i: int, name: str) -> Tensor | None:
-        handed = self.prefill.handed if self.prefill is not None else None
-        return handed.outputs.get(name) if handed is not None and handed.layer == i else None

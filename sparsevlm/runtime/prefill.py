@@ -21,6 +21,7 @@ from sparsevlm.runtime.cache_state import (
     extended,
     report_seen_tokens,
     state_of,
+    whole,
 )
 from sparsevlm.runtime.decision import Decision
 from sparsevlm.runtime.early import can_drop_early, drop_early
@@ -320,7 +321,8 @@ class Prefill(HasRows):
         self.shift = shift
         places = self.key_places(cached, before)
         if segment is not None:
-            segment.key_mask, segment.shift, segment.places = self.key_mask, shift, places
+            segment.key_mask, segment.shift = whole(self.key_mask, self.cache, layer), shift
+            segment.places = places
         self.segment_masks = SegmentMasks(self.family, self.key_mask, self.cache, self.rope, places=places)
 
     def key_places(self, cached: int, before: Segment) -> Tensor | None:

@@ -41,6 +41,11 @@ class Prompt:
         return self.visual.sum(1).tolist()
 
     @property
+    def open_ended(self) -> bool:
+        """Whether a sample ends with its last image: the call may bring the prompt's beginning only."""
+        return not self.text[np.array(self.n_visual) > 0].any(1).all()
+
+    @property
     def trailing(self) -> list[int]:
         """Padding after the last real token, per sample (right-padded batches)."""
         return np.argmax(self.real[:, ::-1], axis=1).tolist()
@@ -71,7 +76,7 @@ def read_prompt(
         needs_text: leave samples alone whose images no text follows: nothing could rate them.
 
     Returns:
-        None if no sample has anything to drop.
+        None if no sample has visual tokens. `visual` is empty if none of them can be rated.
     """
     batch, length = map(int, visual.shape)  # numbers also where a tracer makes tensors of sizes
     if key_mask is None or key_mask.device.type == "meta":
@@ -90,7 +95,5 @@ def read_prompt(
     tail = int(length - 1 - last[np.array(n_visual) > 0].min())
     text = (asked & (np.arange(length) > last[:, None]))[:, length - tail :]
     droppable = host & text.any(1)[:, None] if needs_text else host
-    if not droppable.any():
-        return None
     ends = np.where(asked, np.arange(length), 0).max(1)
     return Prompt(length, past, droppable, mask[:, -length:], n_visual, tail, text, not mask.all(), ends.tolist())

@@ -216,6 +216,10 @@ class Vision:
         return keep
 
     # ---- how many tokens each picture gets -------------------------------------------------------------------------
+    def forget(self) -> None:
+        """Take pictures for nobody's until others are announced."""
+        self.announced, self.pictures, self.encoding, self.captured = False, None, None, {}
+
     def announce(self, ids: Tensor) -> None:
         """Count the pictures of each prompt of [B, L] ids. Waits for the device unless there is nothing to find out."""
         config, kinds = self.family.outer.config, {t.kind: t for t in self.towers}

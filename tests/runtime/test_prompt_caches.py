@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import sparsevlm
 from tests.tiny import EARLY_DROP, GENERATE, inputs, llava, logits, same
@@ -17,6 +19,7 @@ METHODS = {
     "sparsevlm": lambda **o: sparsevlm.build("sparsevlm", layers=LAYERS, keep=KEEP, **o),
     "plus": lambda **o: sparsevlm.build("sparsevlm_plus", layers=LAYERS, keep=KEEP, **o),
     "random": lambda **o: sparsevlm.build("random", budget=9),
+    "divprune": lambda: sparsevlm.build("divprune", budget=9),
 }
 CASES = [*product(["sparsevlm", "plus"], EARLY_DROP), ("random", {})]
 
@@ -78,3 +81,109 @@ def test_cropped_tokens_are_forgotten(name, options, layout):
         straight = prompt_cache(model, x)
         step(straight, words[:, :1], 0)
         same(step(tried, other, 1), step(straight, other, 1))
+
+
+OTHERS = {  # what may not go on with a cache that `sparsevlm` has pruned
+    "nothing": None,
+    "none": lambda: sparsevlm.build("none"),
+    "other method": lambda: sparsevlm.build("random", budget=9),
+    "other options": lambda: sparsevlm.build("sparsevlm", layers=LAYERS, keep=(18, 10, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("name", ["sparsevlm", "divprune"])
+@torch.no_grad()
+def test_a_pruned_cache_after_the_block(name, other, kind):
+    model, stranger = llava(), llava(seed=3)
+    x, _ = inputs("one", model)
+    method = METHODS[name]()
+    token, position = torch.tensor([[7]]), torch.tensor([[x["input_ids"].shape[1]]])
+    with method(model):
+        cache = new_cache(kind, model)
+        model(**x, past_key_values=cache)
+        copied = copy.deepcopy(cache)
+        kept = copy.deepcopy(cache)
+        want = model(input_ids=token, past_key_values=copy.deepcopy(cache), position_ids=position).logits
+    block = (lambda m: OTHERS[other]()(m)) if OTHERS[other] else lambda m: nullcontext()
+    lengths = [int(layer.get_seq_length()) for layer in cache.layers]
+    options = {**GENERATE, "max_new_tokens": 2}
+    for network in (model, stranger):
+        with block(network):
+            for state in (cache, copied, pickle.loads(pickle.dumps(cache))):
+                for call in (
+                    lambda: network(input_ids=token, past_key_values=state, position_ids=position),  # noqa: B023
+                    lambda: network(input_ids=token, past_key_values=state),  # noqa: B023
+                    lambda: network(input_ids=token, attention_mask=torch.ones(1, 51), past_key_values=state),  # noqa: B023
+                    lambda: network.generate(**longer(x, 4), past_key_values=state, **options),  # noqa: B023
+                    lambda: network(**x, past_key_values=state),  # noqa: B023
+                ):
+                    with pytest.raises(
+                        ValueError, match="this cache was pruned by .*Go on with it inside a `with` block of"
+                    ):
+                        call()
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == lengths
+    with METHODS[name]()(model):  # another block of the same method
+        for state in (cache, kept):
+            same(model(input_ids=token, past_key_values=state, position_ids=position).logits, want)
+
+
+def new_cache(kind, model):
+    return DynamicCache() if kind is DynamicCache else StaticCache(config=model.config.text_config, max_cache_len=80)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("name", ["sparsevlm", "divprune"])
+def test_an_emptied_cache_is_a_cache_like_any_other(name, kind):
+    model = llava()
+    x, _ = inputs("one", model)
+    plain = model(**x).logits
+    with METHODS[name]()(model):
+        cache = new_cache(kind, model)
+        model(**x, past_key_values=cache)
+    if kind is StaticCache:
+        cache.reset()
+    else:
+        cache.crop(-cache.layers[0].get_seq_length())
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :0], layer.values[:, :, :0]
+    same(model(**x, past_key_values=cache).logits, plain)
+    step = model(input_ids=torch.tensor([[7]]), past_key_values=cache).logits
+    whole = model(**x | {"input_ids": torch.cat([x["input_ids"], torch.tensor([[7]])], 1), "attention_mask": None})
+    same(step[:, -1], whole.logits[:, -1])
+
+
+@torch.no_grad()
+def test_a_cache_of_which_nothing_was_dropped_goes_on_anywhere():
+    model = llava()
+    x, _ = inputs("batch", model)
+    token = torch.tensor([[7]] * 3)
+    mask = torch.cat([x["attention_mask"], torch.ones(3, 1).long()], 1)
+    with sparsevlm.build("sparsevlm", budget="full")(model):
+        cache = model(**x).past_key_values
+    plain = model(**x).past_key_values
+    outs = [model(input_ids=token, attention_mask=mask, past_key_values=c).logits for c in (cache, plain)]
+    same(*outs)
+
+
+@torch.no_grad()
+def test_a_cache_whose_prefill_failed():
+    model = llava()
+    x, _ = inputs("one", model)
+    token = torch.tensor([[7]])
+
+    def fail(*_):
+        raise RuntimeError("by the test")
+
+    with METHODS["sparsevlm"]()(model):
+        cache = DynamicCache()
+        handle = model.model.language_model.layers[6].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="by the test"):
+            model(**x, past_key_values=cache)
+        handle.remove()
+        with pytest.raises(ValueError, match="a call failed while this cache was being pruned.*Use a new cache"):
+            model(input_ids=token, past_key_values=cache)
+    with pytest.raises(ValueError, match="a call failed while this cache was being pruned.*Use a new cache"):
+        model(input_ids=token, past_key_values=cache)
