@@ -62,6 +62,10 @@ class Method:
     def __call__(self, model: nn.Module, visual_mask: Tensor | None = None) -> AbstractContextManager[Trace]:
         """Install the method in `model` for the duration of a `with` block, which receives the trace.
 
+        Inside it the model belongs to this method and to the thread that entered the block; it cannot be copied there.
+        A cache that was pruned goes on inside a block of the same method only. Prompts are prefilled as a whole
+        (`prefill_chunk_size` is ignored). What torch.compile has compiled is compiled anew for the block.
+
         Args:
             model: LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration, or a Llama, Mistral, Qwen2 or
                 Qwen3 text model; also inside a `peft.PeftModel`.
@@ -70,7 +74,8 @@ class Method:
                 that come with pixel values.
 
         Raises:
-            ValueError: unsupported model, pruning layers that do not fit it, or another method active on it.
+            ValueError: unsupported model, pruning layers that do not fit it, or another method active on it; inside the
+                block, a call that it cannot see or that would be pruned otherwise than as a whole.
         """
         from sparsevlm.runtime.hooks import install
 

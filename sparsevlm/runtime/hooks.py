@@ -81,7 +81,8 @@ class Hooks:
         self.classes: list[tuple[nn.Module, type]] = []  # what modules were instances of
         self.thread = threading.get_ident()
         self.described = repr(method)
-        self.parameters = list(inspect.signature(type(self.family.outer).forward).parameters)[1:]
+        outer = getattr(self.family.outer, "_orig_mod", self.family.outer)
+        self.parameters = list(inspect.signature(type(outer).forward).parameters)[1:]
         self.generating, self.prunable, self.warned = False, False, False
         self.prompt_length: int | None = None
         self.seen = 0  # input tokens before the call being made

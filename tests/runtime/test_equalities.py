@@ -442,14 +442,6 @@ def test_accelerate_hooks():
         assert torch.equal(logits(want), logits(model.generate(**x, **GENERATE)))
 
 
-def test_chunked_prefill_leaves_chunks_without_text_alone():
-    model = llava()
-    x, _ = inputs("one", model)
-    with build()(model) as trace:
-        out = model.generate(**x, **GENERATE, prefill_chunk_size=16)
-    assert logits(out).isfinite().all() and len(trace.prefills) <= 1
-
-
 def test_no_text_after_the_image():
     model = llava()
     torch.manual_seed(0)
