@@ -161,8 +161,8 @@ def unlock(cache) -> None:
     """Forget all about a cache that is empty."""
     cache.sparsevlm = None
     cache.__dict__.pop("get_seq_length", None)
-    if cache.layers:
-        cache.layers[0].__dict__.pop("update", None)
+    if cache.layers and isinstance(cache.layers[0].__dict__.get("update"), _Guarded):
+        del cache.layers[0].update
 
 
 def admit(cache, method: str) -> CacheState | None:
