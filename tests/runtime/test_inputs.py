@@ -386,25 +386,42 @@ def test_flex_attention_is_refused(name):
 
 
 # ---- wrapped models --------------------------------------------------------------------------------------------------
-class Wrapper(torch.nn.Module):
-    """What `peft.PeftModel` does: attributes are those of the model inside, which `get_base_model` gives."""
+class Forwarding(torch.nn.Module):
+    """Attributes that it lacks are those of the module inside."""
 
-    def __init__(self, model, config=None):
-        super().__init__()
-        self.base_model = model
-        self.active_peft_config = config
-
-    def get_base_model(self):
-        return self.base_model
+    inside: str
 
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.base_model, name)
+            return getattr(super().__getattr__(self.inside), name)
 
     def forward(self, *args, **kwargs):
-        return self.base_model(*args, **kwargs)
+        return getattr(self, self.inside)(*args, **kwargs)
+
+
+class Tuner(Forwarding):
+    """As `peft.LoraModel`: its `model` is the whole model, not the one without a head."""
+
+    inside = "model"
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
+class Wrapper(Forwarding):
+    """As `peft.PeftModel`."""
+
+    inside = "base_model"
+
+    def __init__(self, model, config=None):
+        super().__init__()
+        self.base_model, self.active_peft_config = Tuner(model), config
+
+    def get_base_model(self):
+        return self.base_model.model
 
     def generate(self, *args, **kwargs):
         return self.base_model.generate(*args, **kwargs)
