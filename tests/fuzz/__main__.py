@@ -30,7 +30,9 @@ def snippet(case: Case) -> str:
     )  # fmt: skip
 
 
-def run_chunk(number: int, size: int, tally: Counter, shrink: bool = True) -> tuple[Case, BaseException] | None:
+def run_chunk(
+    number: int, size: int, tally: Counter, shrink: bool = True, windows: bool = False
+) -> tuple[Case, BaseException] | None:
     """Check `size` random cases; returns the smallest case found that fails, and how."""
     phases = [Phase.generate, Phase.shrink] if shrink else [Phase.generate]
     last: list[Case] = []
@@ -41,7 +43,7 @@ def run_chunk(number: int, size: int, tally: Counter, shrink: bool = True) -> tu
         max_examples=size, deadline=None, database=None, phases=phases, print_blob=False,
         suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
     )  # fmt: skip
-    @given(cases())
+    @given(cases(windows))
     def one(case: Case) -> None:
         last[:] = [case]
         try:
@@ -70,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/fuzz"), help="folder of what was found")
     parser.add_argument("--resume", action="store_true", help="go on where the last run in that folder stopped")
     parser.add_argument("--keep-going", action="store_true", help="note failures and go on")
+    parser.add_argument("--windows", action="store_true", help="sliding windows, too")
     o = parser.parse_args(arguments)
     o.out.mkdir(parents=True, exist_ok=True)
     path = o.out / f"seed{o.seed}.json"
@@ -79,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     tally, start, first = Counter(state["tally"]), time.monotonic(), state["done"]
     while state["done"] < o.cases:
         chunk, size = state["done"] // CHUNK, min(CHUNK, o.cases - state["done"])
-        found = run_chunk(o.seed * 1_000_003 + chunk, size, tally)
+        found = run_chunk(o.seed * 1_000_003 + chunk, size, tally, windows=o.windows)
         state["done"] += size
         if found is not None:
             case, error = found

@@ -262,6 +262,8 @@ class Comparison:
 
     def _cached(self) -> None:
         """The caches hold what is left, of the prompt that has most left, and every token that came later."""
+        if self.case.shape.window is not None:
+            return  # they forget what is out of sight
         for n, held in enumerate(self.outcome.cached):
             for layer in range(self.case.shape.layers):
                 total = 0

@@ -31,7 +31,7 @@ def attention(c: Conversation, layer: int, hidden: Tensor, queries: list[int]) -
     q = rotated(heads(a.q_proj, normed[queries], "q_norm"), cos[queries], sin[queries])
     k = rotated(heads(a.k_proj, normed, "k_norm"), cos, sin)
     logits = q @ k.repeat_interleave(len(q) // len(k), 0).transpose(1, 2) * a.scaling
-    return logits.masked_fill(~c.seen[queries], float("-inf")).softmax(-1)
+    return logits.masked_fill(~(c.seen & c.near(layer))[queries], float("-inf")).softmax(-1)
 
 
 def underflow(dtype: torch.dtype) -> float:

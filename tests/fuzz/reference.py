@@ -129,7 +129,7 @@ class Conversation:
         return self.model.lm_head(self.decoder.norm(self.hidden))
 
     def _mask(self, layer: int) -> Tensor:
-        seen = self.sees() | torch.eye(len(self.alive), dtype=torch.bool)
+        seen = self.sees() & self.near(layer) | torch.eye(len(self.alive), dtype=torch.bool)
         if self.decoder.config._attn_implementation == "eager":
             lowest = torch.finfo(self.hidden.dtype).min
             seen = torch.zeros(seen.shape, dtype=self.hidden.dtype).masked_fill(~seen, lowest)
@@ -138,6 +138,15 @@ class Conversation:
     def sees(self) -> Tensor:
         """[T, T] bool: which rows look at which."""
         return self.alive & (self.order <= self.order[:, None])
+
+    def near(self, layer: int) -> Tensor:
+        """[T, T] bool: what a layer's sliding window lets rows look at, counted in the tokens of the conversation."""
+        config, row = self.decoder.config, torch.arange(len(self.alive))
+        window = getattr(config, "sliding_window", None)
+        types = getattr(config, "layer_types", None)
+        if window is None or (types is not None and types[layer] != "sliding_attention"):
+            return torch.ones(len(row), len(row), dtype=torch.bool)
+        return row[:, None] - row < window
 
     # ---- stages ------------------------------------------------------------------------------------------------------
     def _stage(self, layer: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from sparsevlm.methods import names
@@ -141,9 +143,16 @@ def own_knobs(draw, name: str, shape: Shape, most: int) -> dict:
 
 
 @st.composite
-def cases(draw) -> Case:
+def cases(draw, windows: bool = False) -> Case:
+    """Any case.
+
+    Args:
+        windows: sliding windows, too, counted in tokens of the unpruned conversation.
+    """
     name = draw(st.sampled_from([n for n in names() if n != "cdpruner"] + list(OWN)))
     shape = draw(shapes(name in VISION))
+    if windows and shape.family != "llama":
+        shape = replace(shape, window=draw(st.integers(2, 12)))
     video = shape.kind == "video_llava"
     rows = tuple(draw(prompts(shape, True)) for _ in range(draw(st.sampled_from([1, 2, 2, 3]))))
     mode = draw(st.sampled_from(MODES))
@@ -170,12 +179,15 @@ def cases(draw) -> Case:
             turn = draw(prompts(shape, False)) if entry == "ids" else (draw(st.integers(1, 4)),)
     counts = [n for parts in [*rows, *([turn] if turn else [])] if (n := shape_visual(shape, parts))]
     attention, dtype = draw(st.sampled_from(BACKENDS))
+    options = draw(knobs(name, shape, min(counts, default=0)))
+    if shape.window is not None and "recycle" in options:
+        options["recycle"] = 0.0  # a merged token stands for many places
     return Case(
         shape=shape,
         attention=attention,
         dtype=dtype,
         method=name,
-        options=draw(knobs(name, shape, min(counts, default=0))),
+        options=options,
         rows=rows,
         side=draw(st.sampled_from(["left", "right"])) if mode == "forward" else "left",
         entry=entry,
