@@ -45,7 +45,7 @@ help: ## list the targets
 
 setup: $(VENV)/.installed ## create .venv and install what is missing
 
-$(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
+$(VENV)/.installed: requirements.txt constraints.txt pyproject.toml eval/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		found=$$($(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "no Python"); \
 		echo "Python 3.11 or newer is needed, but $(PYTHON) is $$found: make setup PYTHON=python3.12"; exit 1; } >&2
@@ -53,7 +53,7 @@ $(VENV)/.installed: requirements.txt constraints.txt pyproject.toml
 		echo "$(PYTHON) cannot create virtual environments; on Debian and Ubuntu: apt install python3-venv"; exit 1; } >&2
 	@echo "Installing into $(VENV): a few minutes, and some gigabytes"
 	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt -c constraints.txt
-	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps -e .
+	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps -e . -e eval
 	@touch $@
 
 reproduce: setup ## run SparseVLM and baselines on the embedded model, then make tables and figures

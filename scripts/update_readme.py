@@ -1,7 +1,7 @@
-"""Put the tables of the reference results into the README, between the marks `<!-- NAME -->` and `<!-- end -->`.
+"""Copy tables of the reference results into the documents, between the marks `<!-- NAME -->` and `<!-- end -->`.
 
     python scripts/update_readme.py          # after results/reference has been made anew
-    python scripts/update_readme.py --check  # exit status 1 if the README quotes other numbers
+    python scripts/update_readme.py --check  # exit status 1 if a document quotes other numbers
 
 Nothing is computed here: rows are copied from files under `results/reference`, which the scripts named there make.
 """
@@ -9,6 +9,7 @@ Nothing is computed here: rows are copied from files under `results/reference`, 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -26,34 +27,41 @@ _MARK = re.compile(r"<!-- (?P<name>[a-z]+) -->\n.*?<!-- end -->\n", re.DOTALL)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write the README anew, or only compare; one line on stderr and exit status 1 if it cannot be or differs."""
+    """Write the documents anew, or only compare; one line on stderr and exit status 1 if that fails or they differ."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
-    path, reference = ROOT / "README.md", ROOT / "results" / "reference"
-    try:
-        before = path.read_text(encoding="utf-8")
-        after = updated(before, reference)
-    except (OSError, ValueError, StopIteration) as error:
-        sys.exit(f"update_readme: {error or 'a table is missing under results/reference'}")
-    if parser.parse_args(argv).check:
-        sys.exit(None if before == after else "update_readme: README.md quotes other numbers than results/reference")
-    path.write_text(after, encoding="utf-8")
+    check = parser.parse_args(argv).check
+    for name in DOCUMENTS:
+        path = ROOT / name
+        try:
+            before = path.read_text(encoding="utf-8")
+            after = updated(name, before, ROOT / "results" / "reference")
+        except (OSError, ValueError, StopIteration) as error:
+            sys.exit(f"update_readme: {name}: {error or 'a table is missing under results/reference'}")
+        if check and before != after:
+            sys.exit(f"update_readme: {name} quotes other numbers than results/reference")
+        if before != after:
+            path.write_text(after, encoding="utf-8")
 
 
-def updated(readme: str, reference: Path) -> str:
-    """The README with its marked tables made anew.
+def updated(name: str, text: str, reference: Path) -> str:
+    """The text of a document with its marked tables made anew.
+
+    Args:
+        name: of `DOCUMENTS`.
 
     Raises:
         ValueError: a mark of an unknown name, or a table without a mark.
     """
-    found = [match["name"] for match in _MARK.finditer(readme)]
-    if sorted(found) != sorted(TABLES):
-        raise ValueError(f"README.md has marks for {', '.join(found) or 'no table'}; needed: {', '.join(TABLES)}")
+    found = [match["name"] for match in _MARK.finditer(text)]
+    tables = DOCUMENTS[name]
+    if sorted(found) != sorted(tables):
+        raise ValueError(f"it has marks for {', '.join(found) or 'no table'}; needed: {', '.join(tables)}")
 
     def block(match: re.Match) -> str:
-        return f"<!-- {match['name']} -->\n{TABLES[match['name']](reference)}\n<!-- end -->\n"
+        return f"<!-- {match['name']} -->\n{tables[match['name']](reference)}\n<!-- end -->\n"
 
-    return _MARK.sub(block, readme)
+    return _MARK.sub(block, text)
 
 
 def _rows(path: Path, start: int = 0) -> str:
@@ -64,6 +72,26 @@ def _rows(path: Path, start: int = 0) -> str:
 
 def _accuracy(reference: Path) -> str:
     return _rows(next((reference / "tables").glob("minivqa__mini__n400__*.md")))
+
+
+def _short(reference: Path) -> str:
+    """Four rows of the same table: the unpruned model, and SparseVLM beside its matched control at 128 tokens."""
+    path = next((reference / "tables").glob("minivqa__mini__n400__*.csv"))
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = {(row["method"], row["budget"]): row for row in csv.DictReader(file)}
+    names = {
+        ("none", "full"): "unpruned",
+        ("random_layer (match=sparsevlm)", "128"): "matched control: random tokens",
+        ("sparsevlm", "128"): "SparseVLM, the paper's choice of raters",
+        ("sparsevlm (raters=all)", "128"): "SparseVLM, all words of the question as raters",
+    }
+    columns = {
+        "visual tokens": "leaving",
+        "accuracy % [95 %]": "visual accuracy % [95 %]",
+        "prefill GMACs": "prefill GMACs",
+        "prefill time": "ratio to unpruned [quartiles]",
+    }
+    return markdown([{"": name} | {c: rows[key][k] for c, k in columns.items()} for key, name in names.items()], left=1)
 
 
 def _differences(reference: Path) -> str:
@@ -92,11 +120,10 @@ def _latency(reference: Path) -> str:
     return markdown(cells, left=2)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {
-    "accuracy": _accuracy,
-    "differences": _differences,
-    "flops": _flops,
-    "latency": _latency,
+DOCUMENTS: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"short": _short},
+    "results/README.md": {"accuracy": _accuracy, "differences": _differences},
+    "docs/costs.md": {"flops": _flops, "latency": _latency},
 }
 
 

@@ -17,7 +17,7 @@ declare_torchvision_operators()  # before anything imports transformers
 from sparsevlm import methods  # noqa: E402
 from sparsevlm.methods import build  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["build", "load", "methods"]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/costs.md", "results/README.md")
 DOCSTRINGS = ("eval/run.py", "eval/__main__.py", "eval/processes.py", "eval/fetch.py")
 _STARTS = r"(?:\.venv/bin/)?python (?:-m |scripts/)|make (?!it|them|the |a |one)|accelerate-launch |pip install "
 

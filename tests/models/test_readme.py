@@ -1,4 +1,4 @@
-"""What the README shows works as shown."""
+"""What the README shows works as shown, and the links of all documents lead somewhere."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_python_examples_run(capsys):
+def test_python_examples_run(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:
@@ -15,6 +16,8 @@ def test_python_examples_run(capsys):
 
 
 def test_links_lead_somewhere():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text(encoding="utf-8")):
-            assert target.startswith("https://") or (ROOT / target).exists(), f"{document}: {target}"
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md", *ROOT.glob("docs/*.md")]
+    for document in documents:
+        for target in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
+            there = (document.parent / target.partition("#")[0]).exists()
+            assert target.startswith("https://") or there, f"{document}: {target}"
