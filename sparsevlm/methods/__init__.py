@@ -1,4 +1,4 @@
-"""Registry of methods: every module of this package but `base` and `_...` is one method, named like its file.
+"""Registry of methods: every module of this package but `base`, `bases` and `_...` is one method, named like its file.
 
 The package itself can be called: `sparsevlm.methods()` lists the names.
 """
@@ -14,10 +14,12 @@ from dataclasses import fields
 
 from sparsevlm.methods.base import Method
 
+_BASES = ("base", "bases")
+
 
 def names() -> list[str]:
     """Names of all methods, sorted."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base" and m.name[0] != "_")
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _BASES and m.name[0] != "_")
 
 
 def method_class(name: str) -> type[Method]:

@@ -42,6 +42,8 @@ class Method:
     early_drop = True  # a pruning layer computes only the rows that outlive it (see runtime/early.py)
     # position ids of survivors: their own, or "renumber" to 0 ... n - 1; sliding windows count in them
     positions = "original"
+    recycle = 0.0  # share of the dropped tokens that is merged instead (`core.recycling`); needs `merge_tokens`
+    cluster = 0.1  # merged tokens per recycled one
     recycled_at = "end"  # merged tokens come after the kept visual ones, or take the place of their "centre"
     needs_text: ClassVar[bool] = False  # tokens are rated by text after the image; a prompt without it stays whole
     reads_text: ClassVar[bool] = True  # what stays depends on the text after the image

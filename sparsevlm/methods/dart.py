@@ -25,14 +25,13 @@ from torch import Tensor, nn
 
 from sparsevlm.core.packing import take
 from sparsevlm.core.scores import rank_by_score
-from sparsevlm.methods.fastv import FastV
-from sparsevlm.runtime.prefill import Prefill
+from sparsevlm.methods.bases import PruneOnce
 from sparsevlm.runtime.stage import Stage
 
 
 @dataclass(frozen=True)
-class DART(FastV):
-    """DART. `k`, `keep` and `match` as in `FastV` (the authors' K is 2); `early_drop` has no effect here.
+class DART(PruneOnce):
+    """DART. `k`, `keep` and `match` as in `PruneOnce` (the authors' K is 2); `early_drop` has no effect here.
 
     The scores in the trace are the order in which tokens were chosen: 0 for visual pivots, then -1, -2, ...
 
@@ -44,7 +43,6 @@ class DART(FastV):
     text_pivots: int = 4
 
     name: ClassVar[str] = "dart"
-    needs_text: ClassVar[bool] = False
     scores_next: ClassVar[bool] = True
     scores_entered: ClassVar[bool] = True
 
@@ -52,9 +50,6 @@ class DART(FastV):
         super().__post_init__()
         if self.visual_pivots < 1 or self.text_pivots < 0:
             raise ValueError(f"visual_pivots {self.visual_pivots} must be at least 1, text_pivots at least 0")
-
-    def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
-        """There are no raters."""
 
     def score(self, stage: Stage) -> Tensor:
         keys = replace(stage, module=stage.layer, hidden=stage.prefill.entered).module_inputs().keys

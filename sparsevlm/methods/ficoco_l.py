@@ -61,7 +61,8 @@ from sparsevlm.core.packing import take
 from sparsevlm.core.raters import select_raters
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods._ficoco import VARIANTS, code_weights
-from sparsevlm.methods.base import Method, one_of
+from sparsevlm.methods.base import one_of
+from sparsevlm.methods.bases import PlannedMethod
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.prefill import Prefill
@@ -71,7 +72,7 @@ _START = {"paper": 4, "code": 5}  # of 32
 
 
 @dataclass(frozen=True)
-class FiCoCoL(Method):
+class FiCoCoL(PlannedMethod):
     """FiCoCo-L.
 
     Attributes:
@@ -92,6 +93,7 @@ class FiCoCoL(Method):
     positions: str = "renumber"
 
     name: ClassVar[str] = "ficoco_l"
+    instead: ClassVar[str] = "r"
     needs_text: ClassVar[bool] = True
     early_drop: ClassVar[bool] = False  # the output of discarded tokens is needed
 
@@ -102,8 +104,6 @@ class FiCoCoL(Method):
         for option in ("beta", "gamma", "epsilon"):
             if not 0 <= getattr(self, option) <= 1:
                 raise ValueError(f"{option} {getattr(self, option)} is a share between 0 and 1")
-        if self.r is not None and self.budget is not None:
-            raise ValueError("give either a budget or r, not both")
         if self.r is not None and self.r < 0:
             raise ValueError(f"r {self.r} is a number of tokens to discard per layer, at least 0")
 
@@ -111,14 +111,16 @@ class FiCoCoL(Method):
         if self.start is not None:
             check_layers((self.start,), family.n_layers)
 
-    def plan(self, n_visual: int, n_layers: int) -> Schedule:
-        first = scale_layers(n_layers, (_START[self.variant],))[0]
-        if self.r is not None:
-            start = first if self.start is None else self.start
-            return _constant(n_visual, n_layers, start, self.r, ends=self.variant == "code")
-        if self.budget in (None, "full"):
-            return super().plan(n_visual, n_layers)
-        return _solve(self.budget, n_visual, n_layers, self.start, first)
+    def plan_counts(self, n_visual: int, n_layers: int) -> Schedule:
+        start = self._first(n_layers) if self.start is None else self.start
+        return _constant(n_visual, n_layers, start, self.r, ends=self.variant == "code")
+
+    def plan_budget(self, budget: int, n_visual: int, n_layers: int) -> Schedule:
+        return _solve(budget, n_visual, n_layers, self.start, self._first(n_layers))
+
+    def _first(self, n_layers: int) -> int:
+        """Return the published first layer, scaled to the model's depth."""
+        return scale_layers(n_layers, (_START[self.variant],))[0]
 
     def attach(self, family: Family) -> _Additions | None:
         return _Additions(family) if self.variant == "code" else None

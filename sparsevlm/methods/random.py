@@ -12,34 +12,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsevlm.budget import Schedule, check_budget, explicit_schedule
-from sparsevlm.methods.base import Method
+from sparsevlm.methods.bases import PruneAtInput
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass(frozen=True)
-class Random(Method):
-    """Keep `budget` visual tokens, drawn uniformly at the language model's input.
+class UniformDraw:
+    """Scores visual tokens by a uniform draw; a method puts it before one of the bases and has an option `seed`.
 
     The draw is a hash of the seed, the token's index and the text after the image: another seed or question draws other
     tokens, and a sample gets the same ones alone and in any batch. (Embeddings of words are looked up, so their bits do
     not depend on the batch; those of the picture may.) Nothing waits for the device.
-
-    Attributes:
-        seed: of the draw.
     """
 
-    seed: int = 0
-
-    name: ClassVar[str] = "random"
-
-    def plan(self, n_visual: int, n_layers: int) -> Schedule:
-        if self.budget in (None, "full"):
-            return super().plan(n_visual, n_layers)
-        return explicit_schedule(n_visual, n_layers, (-1,), (check_budget(self.budget, n_visual),))
+    seed: int
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
         tail = prefill.tail
@@ -60,8 +48,21 @@ class Random(Method):
         return (bits & 0xFFFFFF).float()  # 24 bits are exact in float32; ties go by index
 
 
+@dataclass(frozen=True)
+class Random(UniformDraw, PruneAtInput):
+    """Keeps `budget` visual tokens, drawn uniformly at the language model's input.
+
+    Attributes:
+        seed: of the draw.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+
+
 def _mix(x: Tensor) -> Tensor:
-    """A 64-bit integer hash (the finaliser of splitmix64; shifts are arithmetic, which serves as well)."""
+    """Return a 64-bit integer hash (the finaliser of splitmix64; shifts are arithmetic, which serves as well)."""
     x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
     x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
     return x ^ (x >> 31)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sparsevlm.budget import Schedule
 from sparsevlm.methods.base import Method
-from sparsevlm.methods.fastv import FastV
-from sparsevlm.methods.random import Random
+from sparsevlm.methods.bases import MATCHES, PruneOnce
+from sparsevlm.methods.random import UniformDraw
 from sparsevlm.methods.sparsevlm import SparseVLM
 from sparsevlm.runtime.families import Family
 
@@ -25,11 +25,11 @@ LIKE_SPARSEVLM = "sparsevlm"
 
 
 @dataclass(frozen=True)
-class RandomLayer(FastV):
-    """Keep uniformly drawn visual tokens. Further options as in `FastV`.
+class RandomLayer(UniformDraw, PruneOnce):
+    """Keeps uniformly drawn visual tokens. Further options as in `PruneOnce`.
 
     Attributes:
-        match: "leaving" or "entering" as in `FastV`, or "sparsevlm": all counts are those of SparseVLM.
+        match: "leaving" or "entering" as in `PruneOnce`, or "sparsevlm": all counts are those of SparseVLM.
         keep: visual tokens kept, instead of a budget; with match="sparsevlm" a list, one number per layer.
         layers: with match="sparsevlm", as in `SparseVLM`: None = 2, 6, 15 of 32, scaled to the model's depth.
         seed: of the draw.
@@ -40,6 +40,7 @@ class RandomLayer(FastV):
     seed: int = 0
 
     name: ClassVar[str] = "random_layer"
+    matches: ClassVar[tuple[str, ...]] = (*MATCHES, LIKE_SPARSEVLM)
 
     def __post_init__(self) -> None:
         self._set("_like", None)
@@ -61,7 +62,7 @@ class RandomLayer(FastV):
 
     @property
     def positions(self) -> str:
-        return FastV.positions if self._like is None else self._like.positions
+        return PruneOnce.positions if self._like is None else self._like.positions
 
     def check(self, family: Family) -> None:
         if self._like is None:
@@ -71,9 +72,6 @@ class RandomLayer(FastV):
 
     def plan(self, n_visual: int, n_layers: int) -> Schedule:
         return super().plan(n_visual, n_layers) if self._like is None else self._like.plan(n_visual, n_layers)
-
-    begin = Random.begin
-    score = Random.score
 
     def merge_tokens(self, tokens: Tensor, clusters: Tensor, width: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         return self._like.merge_tokens(tokens, clusters, width, valid)

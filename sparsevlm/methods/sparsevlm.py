@@ -19,20 +19,18 @@ settings:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from sparsevlm.budget import Schedule, check_layers, explicit_schedule, scale_layers, solve
 from sparsevlm.core.packing import take
 from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.raters import NUMBER, RULES, is_rule, select_raters
 from sparsevlm.core.recycling import density_peaks, merge_weights
 from sparsevlm.core.scores import mean_scores
-from sparsevlm.methods.base import Method, int_tuple, one_of
-from sparsevlm.runtime.families import Family
+from sparsevlm.methods.base import one_of
+from sparsevlm.methods.bases import PruneByLists
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
 
@@ -53,12 +51,10 @@ def paid_by_visual(stage: Stage, rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SparseVLM(Method):
-    """SparseVLM with fixed lists (v1.5 / ICML).
+class SparseVLM(PruneByLists):
+    """SparseVLM with fixed lists (v1.5 / ICML). `layers` and `keep` as in `PruneByLists`.
 
     Attributes:
-        layers: 0-based layers on whose output pruning acts; None = 2, 6, 15 of 32, scaled to the model's depth.
-        keep: visual tokens kept at each of them, instead of a budget; recycled tokens come on top.
         raters: "paper" (authors' strict mean), "all" text tokens, "centred" (after subtracting the mean visual
             embedding), "last" (the last text token), a number (so many text tokens, the most relevant) or "tokens":
             every token, visual ones too, the baseline of the paper's Figure 5 (sums then, not means: the order is the
@@ -76,8 +72,6 @@ class SparseVLM(Method):
             as the authors do; `output_hidden_states` then records that layer in full length.
     """
 
-    layers: Sequence[int] | None = None
-    keep: Sequence[int] | None = None
     raters: str | int = "paper"
     recycle: float = 0.3
     cluster: float = 0.1
@@ -94,8 +88,6 @@ class SparseVLM(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("layers", "keep"):
-            self._set(option, int_tuple(getattr(self, option), option))
         if self.raters != EVERY_TOKEN and not is_rule(self.raters):
             known = ", ".join((*RULES, EVERY_TOKEN))
             raise ValueError(f"rater rule {self.raters!r} is unknown; known: {known}, or {NUMBER}")
@@ -104,24 +96,6 @@ class SparseVLM(Method):
         one_of(self.recycled_at, ("end", "centre"), "recycled_at")
         if not 0 <= self.recycle <= 1 or not 0 <= self.cluster <= 1:
             raise ValueError(f"recycle {self.recycle} and cluster {self.cluster} are shares between 0 and 1")
-        if self.keep is not None and self.budget is not None:
-            raise ValueError("give either a budget or keep, not both")
-        if self.keep is not None and self.layers is not None and len(self.keep) != len(self.layers):
-            raise ValueError(f"layers {self.layers} and keep {self.keep} differ in length")
-
-    def check(self, family: Family) -> None:
-        if self.layers is not None:
-            check_layers(self.layers, family.n_layers)
-
-    def plan(self, n_visual: int, n_layers: int) -> Schedule:
-        if self.keep is not None:
-            layers = scale_layers(n_layers) if self.layers is None else self.layers
-            return explicit_schedule(
-                n_visual, n_layers, layers, self.keep, self.recycle, self.cluster, self.always_drop
-            )
-        if self.budget in (None, "full"):
-            return super().plan(n_visual, n_layers)
-        return solve(self.budget, n_visual, n_layers, self.lists, self.layers, self.recycle, self.cluster)
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
         if not prefill.points:

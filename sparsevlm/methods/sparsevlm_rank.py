@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sparsevlm.budget import Schedule, check_layers, scale_layers
+from sparsevlm.budget import scale_layers
 from sparsevlm.core.rank import attention_rank
 from sparsevlm.core.scores import mean_scores
 from sparsevlm.methods.base import one_of
@@ -48,26 +48,20 @@ class SparseVLMRank(SparseVLM):
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of(self.rule, RULES, "rule")
-        if self.keep is not None:
-            raise ValueError("sparsevlm_rank decides by itself how many tokens to keep; use sparsevlm for keep lists")
         if self.budget not in (None, "full"):
             raise ValueError(
                 f"sparsevlm_rank has no budget (got {self.budget}): set lam, or scale and bias, and read the mean "
                 "tokens reached from the trace; use sparsevlm for a budget"
             )
+        super().__post_init__()
+        one_of(self.rule, RULES, "rule")
+        if self.keep is not None:
+            raise ValueError("sparsevlm_rank decides by itself how many tokens to keep; use sparsevlm for keep lists")
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam {self.lam} is a share between 0 and 1")
 
-    def plan(self, n_visual: int, n_layers: int) -> Schedule:
-        """Only the layers are known before the attention is; the counts are not."""
-        if self.budget == "full":
-            return Schedule(n_visual, n_layers, (), (), (), ())
-        layers = scale_layers(n_layers, _LAYERS[self.rule]) if self.layers is None else self.layers
-        check_layers(layers, n_layers)
-        unknown = (n_visual,) * len(layers)
-        return Schedule(n_visual, n_layers, layers, unknown, (0,) * len(layers), (0,) * len(layers))
+    def where(self, n_layers: int) -> tuple[int, ...]:
+        return scale_layers(n_layers, _LAYERS[self.rule]) if self.layers is None else self.layers
 
     def score(self, stage: Stage) -> Tensor:
         rows = stage.visual_columns(stage.attention(stage.prefill.tail))
