@@ -18,7 +18,7 @@ from tests.commands import ROOT, Command, commands
 
 #: Commands that are executed by another test, literally.
 ELSEWHERE = {
-    "python -m eval.run method=loudest budget=128 limit=16": "tests/baselines/test_contributing.py",
+    "python -m eval.run method=loudest budget=128 limit=16": "tests/methods/test_contributing.py",
     "python -m lmms_eval": "tests/eval/test_processes.py",
 }
 LAUNCHERS = ("joblib", "slurm", "submitit_local")

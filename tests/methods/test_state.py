@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import sparsevlm
-from tests.baselines.test_matrix import METHODS
-from tests.baselines.test_vision_cdpruner import Letters, clip
+from tests.methods.test_cdpruner import Letters, clip
+from tests.methods.test_matrix import METHODS
 from tests.tiny import inputs, llava, same
 
 NAMES = sorted(METHODS)

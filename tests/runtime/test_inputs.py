@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 import sparsevlm
-from tests.baselines.test_matrix import METHODS
+from tests.methods.test_matrix import METHODS
 from tests.methods.test_state import build
 from tests.tiny import GENERATE, IMAGE, inputs, llava, logits, pad, prompt, same, text_config, video_llava
 

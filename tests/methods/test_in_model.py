@@ -1,4 +1,4 @@
-"""The baselines that act inside the language model: independent restatements, every way of generating, ablations."""
+"""Methods that act inside the language model: independent restatements, every way of generating, ablations."""
 
 from __future__ import annotations
 

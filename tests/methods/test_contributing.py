@@ -39,10 +39,10 @@ def copy(tmp_path_factory) -> Path:
     assert len(STEPS) == 5
     (folder / path(1, r"sparsevlm/methods/\w+\.py")).write_text(block(1, "python"))
     (folder / path(3, r"configs/method/\w+\.yaml")).write_text(block(3, "yaml"))
-    matrix = folder / path(4, r"tests/baselines/test_matrix\.py")
+    matrix = folder / path(4, r"tests/methods/test_matrix\.py")
     before, after = matrix.read_text().split("METHODS = {\n")
     matrix.write_text(before + "METHODS = {\n" + block(4, "python") + after)
-    own = folder / path(4, r"tests/methods/test_\w+\.py")
+    own = folder / path(4, r"tests/methods/test_loudest\.py")
     own.parent.mkdir(exist_ok=True)
     own.write_text(block(4, "python", 1))
     return folder
@@ -59,16 +59,14 @@ def run(folder: Path, *arguments: str) -> str:
 
 
 def test_the_toy_passes_the_matrix_and_its_own_test(copy: Path):
-    own = path(4, r"tests/methods/test_\w+\.py")
-    out = run(
-        copy, "-m", "pytest", "-q", "tests/baselines/test_matrix.py", own, "-k", "loudest or every_method_is_here"
-    )
+    own = path(4, r"tests/methods/test_loudest\.py")
+    out = run(copy, "-m", "pytest", "-q", "tests/methods/test_matrix.py", own, "-k", "loudest or every_method_is_here")
     cases = 1 + 1 + 3 * 6 + 1  # all methods are there, the YAML, three properties on six models, its own test
     assert f"{cases} passed" in out, out
 
 
 def test_the_toy_is_clean(copy: Path):
-    run(copy, "-m", "ruff", "check", path(1, r"sparsevlm/methods/\w+\.py"), path(4, r"tests/methods/test_\w+\.py"))
+    run(copy, "-m", "ruff", "check", path(1, r"sparsevlm/methods/\w+\.py"), path(4, r"tests/methods/test_loudest\.py"))
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import sparsevlm
-from tests.baselines.test_vision_methods import deep, features, handed_on
+from tests.methods.test_before_model import deep, features, handed_on
 from tests.tiny import GENERATE, IMAGE, PATCHES, inputs, llava, logits, same
 
 

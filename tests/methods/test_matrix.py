@@ -15,7 +15,7 @@ import yaml
 
 import sparsevlm
 from sparsevlm.runtime.families import locate
-from tests.baselines.adapters import NAMES, Adapter, adapter
+from tests.methods.adapters import NAMES, Adapter, adapter
 from tests.tiny import logits, same
 
 

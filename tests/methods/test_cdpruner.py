@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import sparsevlm
 from sparsevlm.methods.cdpruner import _Question
-from tests.baselines.test_vision_methods import deep, features, handed_on
+from tests.methods.test_before_model import deep, features, handed_on
 from tests.tiny import GENERATE, IMAGE, PATCHES, inputs, logits, same
 
 START, END = 48, 49
