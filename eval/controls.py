@@ -15,7 +15,7 @@ from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
 
 
-@dataclass
+@dataclass(frozen=True)
 class Oracle(Random):
     """Keeps the tokens that show what the question is about, filled up with random ones, at the model's input.
 
@@ -36,7 +36,7 @@ class Oracle(Random):
         return scores
 
 
-@dataclass
+@dataclass(frozen=True)
 class Saliency(SparseVLM):
     """SparseVLM rated by the picture instead of the text: the attention that visual tokens pay to one another.
 

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import sparsevlm  # isort: skip  - before transformers: it makes torchvision importable beside a CPU-only torch
@@ -101,7 +101,7 @@ def answer(model, processor, setting: Setting, batch: Batch) -> list[dict]:
     else:
         method = setting.build()
         if isinstance(method, Oracle):
-            method.targets = [row["target_patches"] for row in batch.rows]
+            method = replace(method, targets=[row["target_patches"] for row in batch.rows])
         with method(model) as trace:
             output = model.generate(**inputs, **options)
         records = trace.prefills[-1]

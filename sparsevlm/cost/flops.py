@@ -161,7 +161,7 @@ def _known_counts(pruner: Method, rank: int | None) -> Method:
 
     class KnownRank(SparseVLMRank):
         def score(self, stage) -> Tensor:
-            self._ranks = [rank] * len(stage.n_visual)
+            stage.prefill.scratch["ranks"] = [rank] * len(stage.n_visual)
             return SparseVLM.score(self, stage)
 
     return KnownRank(**{f.name: getattr(pruner, f.name) for f in fields(pruner) if f.init})
