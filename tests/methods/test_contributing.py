@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is followed literally: the toy method of its five steps is added to a copy and tested there."""
+"""CONTRIBUTING.md is followed literally: the example of its five steps is added to a copy and tested there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from sparsevlm.methods.fastv import FastV
+from tests.tiny import inputs, llava
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -42,9 +45,12 @@ def copy(tmp_path_factory) -> Path:
     matrix = folder / path(4, r"tests/methods/test_matrix\.py")
     before, after = matrix.read_text().split("METHODS = {\n")
     matrix.write_text(before + "METHODS = {\n" + block(4, "python") + after)
+    bases = folder / path(4, r"tests/methods/test_bases\.py")
+    before, after = bases.read_text().split("OPTIONS = {\n")
+    bases.write_text(before + "OPTIONS = {\n" + block(4, "python", 1) + after)
     own = folder / path(4, r"tests/methods/test_loudest\.py")
     own.parent.mkdir(exist_ok=True)
-    own.write_text(block(4, "python", 1))
+    own.write_text(block(4, "python", 2))
     return folder
 
 
@@ -58,19 +64,45 @@ def run(folder: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_toy_passes_the_matrix_and_its_own_test(copy: Path):
+def test_the_example_passes_the_matrix_and_its_own_test(copy: Path):
     own = path(4, r"tests/methods/test_loudest\.py")
     out = run(copy, "-m", "pytest", "-q", "tests/methods/test_matrix.py", own, "-k", "loudest or every_method_is_here")
     cases = 1 + 1 + 3 * 6 + 1  # all methods are there, the YAML, three properties on six models, its own test
     assert f"{cases} passed" in out, out
 
 
-def test_the_toy_is_clean(copy: Path):
+def test_the_example_is_clean(copy: Path):
     run(copy, "-m", "ruff", "check", path(1, r"sparsevlm/methods/\w+\.py"), path(4, r"tests/methods/test_loudest\.py"))
 
 
+def members(table: str) -> set[str]:
+    """The members that a table of step 1 lists."""
+    rows = re.search(rf"^\| of `{table}` .*\n((?:\|.*\n)+)", STEPS[0], re.MULTILINE).group(1).splitlines()[1:]
+    return {name for row in rows for name in re.findall(r"`(\w+)(?:\([\w, ]*\))?`", row.split("|")[1])}
+
+
+@pytest.mark.parametrize("table", ["stage", "prefill"])
+def test_methods_use_what_the_tables_list_and_no_more(table: str):
+    """Of a stage and of a prefill; what is listed is there, and everything is used or documented at its place."""
+    sources = "\n".join(file.read_text() for file in (ROOT / "sparsevlm" / "methods").glob("*.py"))
+    used = set(re.findall(rf"\b{table}\.(\w+)", sources)) - {"_", "after"}
+    assert used <= members(table), used - members(table)
+    seen = []
+
+    def look(self, stage):
+        seen.extend((stage, stage.prefill))
+        return original(self, stage)
+
+    model, original = llava(), FastV.score
+    with pytest.MonkeyPatch.context() as patch, FastV(k=2, keep=9)(model):
+        patch.setattr(FastV, "score", look)
+        model(**inputs("one", model)[0])
+    of = seen[0] if table == "stage" else seen[1]
+    assert [name for name in members(table) if not hasattr(of, name)] == []
+
+
 @pytest.mark.slow
-def test_the_toy_runs(copy: Path):
+def test_the_example_runs(copy: Path):
     command = block(5, "bash").split()
     assert command[0] == "python"
     out = run(copy, *command[1:])
