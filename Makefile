@@ -60,11 +60,14 @@ reproduce: setup ## run SparseVLM and baselines on the embedded model, then make
 	@$(RUN) -m eval.run experiment=reproduce results_dir=$(results) $(args)
 	@$(MAKE) --no-print-directory tables figures args=
 
+# One worker per core, one thread each; `args=-n0` runs the tests in this process.
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -q -rx -n auto --dist worksteal
+
 test: setup browser ## the fast tests
-	@$(RUN) -m pytest -q -rx -m "not slow and not gpu" $(args)
+	@$(PYTEST) -m "not slow and not gpu" $(args)
 
 test-all: setup browser ## all tests; those for a GPU are skipped where there is none
-	@$(RUN) -m pytest -q -rx $(args)
+	@$(PYTEST) $(args)
 
 # For the test that opens the report. Where it cannot be installed, that test says that it did not check.
 browser:

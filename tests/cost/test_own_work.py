@@ -78,6 +78,17 @@ def merging(tokens: int, r: int, *widths: int) -> int:
     return sum(tokens // 2 * r * width for width in widths)
 
 
+def aim(*visual: int) -> int:
+    """16 of 36 merged by their whole keys; stages with so many visual tokens, of five multiplications by all rows."""
+    stages = (all_rows_stage(TEXT + n) + 5 * HEADS * (TEXT + n) ** 2 for n in visual)
+    return matching(N, V) + merging(N, 16, V, 1, V, 1) + sum(stages)
+
+
+def dropped_rows(queries: int, length: int) -> int:
+    """Attention of rows that the layer does not compute: their queries are computed for it alone."""
+    return queries * D * D + rows(queries, length)
+
+
 RATERS = N * TAIL * D
 CLS_ROW = (1 + N) * V
 OWN = [
@@ -106,12 +117,16 @@ OWN = [
     ("pyramiddrop", None, {"layers": (1, 3), "ratios": (0.5, 0.25)}, next_layer_stage(L) + next_layer_stage(TEXT + 18)),
     ("dart", None, {"k": 2, "keep": 12}, L * D * KV + (4 + 4) * N * D),
     ("ficoco_l", None, {"start": 3, "r": 20}, fold_stage(L, N) + fold_stage(TEXT + 16, 16)),
-    # 16 of 36 merged by their whole keys, states and keys; then two stages of five multiplications by all rows
+    ("aim", None, {"merge_to": 20, "first": 3, "last": 4, "start": "kept"}, aim(20, 10)),
+    # the 10 dropped tokens go through the first of the two layers (its values are computed again); the second asks them
     ("aim", None, {"merge_to": 20, "first": 3, "last": 4},
-     matching(N, V) + merging(N, 16, V, 1, V, 1)
-     + sum(all_rows_stage(TEXT + n) + 5 * HEADS * (TEXT + n) ** 2 for n in (20, 10))),
+     aim(20, 10) + dropped_rows(10, TEXT + 20) + (TEXT + 20) * D * KV + rows(10, TEXT + 20) + 10 * (D * D + 3 * D * MLP)
+     + dropped_rows(10, TEXT + 10) + HEADS * 10 * (TEXT + 10)),
     # 8 in each of three blocks: by keys, whose means and sizes, then states, their sizes and new sizes
     ("tome", 12, {}, sum(matching(n, V_WIDTH) + merging(n, 8, V_WIDTH, 1, V, 1, 1) for n in (37, 29, 21))),
+    # 17 of 36 and 7 of 19 projected tokens: their means, and the sizes of old and new ones
+    ("folder_simple", 12, {},
+     matching(36, D) + merging(36, 17, D, 1, 1) + matching(19, D) + merging(19, 7, D, 1, 1)),
     ("folder", 20, {}, CLS_ROW + matching(37, V_WIDTH) + merging(37, 16, V_WIDTH, 1, 1, 1, V, 1, 1)),
     # 12 in each of two blocks: the attention of all, and the discarded into the others
     ("ficoco_v", 12, {"start": 1}, (37 * 37 + 24 * 12) * V + (25 * 25 + 12 * 12) * V),
