@@ -45,11 +45,11 @@ class Schedule:
 
     @property
     def after(self) -> tuple[int, ...]:
-        """Visual tokens after each pruning layer, merged ones included."""
+        """Return the visual tokens after each pruning layer, merged ones included."""
         return tuple(k + m for k, m in zip(self.keep, self.merged, strict=True))
 
     def at(self, layer: int, count: int) -> tuple[int, int, int]:
-        """Keep, pool and merged counts after `layer`, where `count` tokens enter; nothing happens at other layers."""
+        """Return keep, pool and merged counts after `layer`, which `count` tokens enter; nothing goes elsewhere."""
         if layer not in self.layers:
             return count, 0, 0
         i = self.layers.index(layer)
@@ -57,22 +57,22 @@ class Schedule:
 
     @property
     def entering(self) -> float:
-        """Mean visual tokens entering a layer."""
+        """Return the mean visual tokens entering a layer."""
         return mean_entering(self.n_visual, self.layers, self.after, self.n_layers)
 
     @property
     def leaving(self) -> float:
-        """Mean visual tokens leaving a layer: the budget that this schedule reaches."""
+        """Return the mean visual tokens leaving a layer: the budget that this schedule reaches."""
         return mean_leaving(self.n_visual, self.layers, self.after, self.n_layers)
 
 
 def mean_entering(n_visual: int, layers: Sequence[int], after: Sequence[int], n_layers: int) -> float:
-    """Mean over the layers of the visual tokens that enter them: the layers 0 ... layers[0] see all of them."""
+    """Average over the layers the visual tokens that enter them: layers 0 ... layers[0] see all of them."""
     return mean_leaving(n_visual, [layer + 1 for layer in layers], after, n_layers)
 
 
 def mean_leaving(n_visual: int, layers: Sequence[int], after: Sequence[int], n_layers: int) -> float:
-    """Mean over the layers of the visual tokens that leave them: layer layers[0] counts with what is left after it."""
+    """Average over the layers the visual tokens that leave them: layer layers[0] counts with what is left after it."""
     total, count, start = 0, n_visual, 0
     for layer, rest in zip(layers, after, strict=True):
         total += count * (max(layer, 0) - start)
@@ -81,7 +81,7 @@ def mean_leaving(n_visual: int, layers: Sequence[int], after: Sequence[int], n_l
 
 
 def scale_layers(n_layers: int, layers: Sequence[int] = _REFERENCE_LAYERS, depth: int = _REFERENCE_DEPTH) -> tuple:
-    """Pruning layers for a model of another depth: floor(layer * n_layers / depth + 1/2), made strictly increasing.
+    """Scale pruning layers to another depth: floor(layer * n_layers / depth + 1/2), made strictly increasing.
 
     32 layers: 2, 6, 15; 40 layers (13B): 3, 8, 19; 12 layers (`mini`): 1, 2, 6. The authors' code uses 2, 6, 15 on
     every model; pass them as `layers` for that. Layers that do not fit into a shallow model are left out.
@@ -110,10 +110,12 @@ def check_budget(budget: int | str | None, n_visual: int | None = None) -> int |
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"budget {budget!r} is neither an integer nor 'full'") from None
     if value < 1:
-        raise ValueError(f"budget {value} is below 1; it counts the mean visual tokens per layer (or use 'full')")
+        raise ValueError(
+            f"budget {value} is below 1; it counts the mean visual tokens per layer. Use at least 1, or 'full'"
+        )
     if n_visual is not None and value > n_visual:
         raise ValueError(
-            f"budget {value} is above the {n_visual} visual tokens of this input; use at most {n_visual}, or 'full'"
+            f"budget {value} is above the {n_visual} visual tokens of this input. Use at most {n_visual}, or 'full'"
         )
     return value
 
@@ -128,7 +130,7 @@ def explicit_schedule(
     cluster: float = 0.1,
     always_drop: bool = False,
 ) -> Schedule:
-    """Schedule of given layers and keep counts.
+    """Return the schedule of given layers and keep counts.
 
     `always_drop`: drop at least one token at each layer as the authors' code does (score.py:41), even when fewer are
     there than may be kept.
@@ -138,9 +140,9 @@ def explicit_schedule(
     """
     check_layers(layers, n_layers)
     if len(layers) != len(keep):
-        raise ValueError(f"layers {layers} and keep {keep} differ in length")
+        raise ValueError(f"layers {layers} and keep {keep} differ in length. Use one keep count per layer")
     if any(k < 1 for k in keep):
-        raise ValueError(f"keep {keep} must be at least 1 everywhere")
+        raise ValueError(f"keep {keep} contains a count below 1. Use counts of at least 1")
     count, kept, pools, merged = n_visual, [], [], []
     for k in keep:
         k = min(k, count - 1 if always_drop and count > 1 else count)
@@ -153,12 +155,12 @@ def explicit_schedule(
 def check_layers(layers: Sequence[int], n_layers: int) -> None:
     """Raise ValueError unless `layers` ascend strictly within -1 ... n_layers - 2."""
     if any(b <= a for a, b in pairwise(layers)):
-        raise ValueError(f"pruning layers {tuple(layers)} must ascend strictly")
+        raise ValueError(f"pruning layers {tuple(layers)} do not ascend strictly. Use ascending layers")
     outside = [layer for layer in layers if not -1 <= layer <= n_layers - 2]
     if outside:
         raise ValueError(
             f"pruning layers {outside} do not fit a model of {n_layers} layers: pruning acts on the output of a layer "
-            f"that another one follows, 0 ... {n_layers - 2}"
+            f"that another one follows. Use 0 ... {n_layers - 2}"
         )
 
 
@@ -206,7 +208,7 @@ def solve(
         floor = mean_leaving(n_visual, chosen, [1] * len(chosen), n_layers)
         raise ValueError(
             f"budget {budget} is out of reach of pruning layers {chosen}: the layers before them alone see all "
-            f"{n_visual} visual tokens, so the mean is at least {floor:.1f}. Prune earlier (layers=...)"
+            f"{n_visual} visual tokens, so the mean is at least {floor:.1f}. Use earlier layers, or a larger budget"
         )
     shape = _shape(budget / n_visual, tuple(layer / n_layers for layer in chosen), lists, recycle, cluster)
     targets = _fit(rest, widths, shape, n_visual)
@@ -219,13 +221,13 @@ def solve(
 
 
 def start_earlier(first: int, budget: int, n_visual: int, n_layers: int) -> int:
-    """`first`, or fewer layers if as many that see every token would take up more than 0.8 of the budget."""
+    """Return `first`, or fewer layers where `first` layers with every token take up more than 0.8 of the budget."""
     reachable = (budget - 1) * n_layers // max(1, n_visual - 1)  # with a single token left from there on
     return min(first, int(_MAX_HEAD_SHARE * budget * n_layers / n_visual), reachable)
 
 
 def nearest(schedule: Callable[[float], Schedule], mean: Callable[[Schedule], float], budget: int) -> Schedule:
-    """Of schedules that grow with a share between 0 and 1, the one whose mean is nearest to the budget."""
+    """Find the schedule whose mean is nearest to the budget, among those that grow with a share from 0 to 1."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -235,7 +237,7 @@ def nearest(schedule: Callable[[float], Schedule], mean: Callable[[Schedule], fl
 
 
 def _stage(count: int, target: int, recycle: float, cluster: float) -> tuple[int, int, int]:
-    """Keep, pool and merged counts that leave exactly `target` of `count` tokens; without recycling if need be."""
+    """Return counts to keep, pool and merge that leave `target` of `count` tokens, without recycling if need be."""
     for k in range(target, 0, -1):
         pool, merged = recycled_counts(count - k, recycle, cluster)
         if k + merged == target:
@@ -244,7 +246,7 @@ def _stage(count: int, target: int, recycle: float, cluster: float) -> tuple[int
 
 
 def _shape(share: float, depths: tuple[float, ...], lists, recycle: float, cluster: float) -> list[float]:
-    """Tokens after each stage as a share of all tokens, interpolated between the authors' lists."""
+    """Interpolate between the authors' lists: tokens after each stage as a share of all tokens."""
     anchors = []
     for budget, keep in lists:
         after = explicit_schedule(
@@ -275,7 +277,7 @@ def _interpolate(x: float, xs: list[float], ys: list[float]) -> float:
 
 
 def _fit(rest: int, widths: list[int], shape: list[float], n_visual: int) -> list[int]:
-    """Non-increasing integers t with sum(widths * t) as close to `rest` as possible, proportional to `shape`."""
+    """Find non-increasing integers t proportional to `shape` with sum(widths * t) as close to `rest` as possible."""
 
     def targets(scale: float) -> list[int]:
         out, bound = [], n_visual

@@ -8,19 +8,19 @@ from torch.nn import functional as F
 
 
 def cosine_matrix(x: Tensor) -> Tensor:
-    """[n, t, t] cosine similarities of [n, t, d] tokens, in at least float32."""
+    """Return the cosine similarities [n, t, t] of tokens [n, t, d], in at least float32."""
     unit = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
     return unit @ unit.transpose(1, 2)
 
 
 def max_min(distance: Tensor, count: int) -> Tensor:
-    """Greedy max-min diversity (DivPrune, arXiv 2503.02175, algorithm 1).
+    """Choose tokens by greedy max-min diversity (DivPrune, arXiv 2503.02175, algorithm 1).
 
     The first token is the one whose nearest neighbour is farthest; then always the one farthest from those chosen.
     Ties go to the lower index.
 
     Args:
-        distance: [n, t, t].
+        distance: [n, t, t] float.
         count: tokens to choose, 1 ... t.
 
     Returns:
@@ -41,7 +41,7 @@ def max_min(distance: Tensor, count: int) -> Tensor:
 
 
 def dpp_greedy(kernel: Tensor, count: int) -> Tensor:
-    """Greedy MAP inference of a determinantal point process (Chen et al., arXiv 1709.05135, algorithm 1).
+    """Choose tokens by greedy MAP inference of a determinantal point process (arXiv 1709.05135, algorithm 1).
 
     Args:
         kernel: [n, t, t], symmetric positive semi-definite.
@@ -75,7 +75,7 @@ def remove_duplicates(similarity: Tensor, order: Tensor, count: int, step: int =
     of B. Survivors of A follow in order of falling similarity, then B.
 
     Args:
-        similarity: [n, t, t].
+        similarity: [n, t, t] float.
         order: [n, m] int64, the candidates, in the order in which they are dealt.
         count: tokens to leave, 0 ... m.
         step: tokens dropped per round.

@@ -62,12 +62,12 @@ def match(
 
 
 def most_removable(tokens: int, protect_first: bool) -> int:
-    """Tokens that one pass can remove: those of A, and none if there is no B to merge them into."""
+    """Return how many tokens one pass can remove: those of A, or none if there is no B to merge them into."""
     return tokens - tokens // 2 - int(protect_first) if tokens > 1 else 0
 
 
 def merge_sum(x: Tensor, matching: Matching) -> Tensor:
-    """Sums over merged tokens: [n, t, d] -> [n, t - r, d] in at least float32; unmerged A first, then B."""
+    """Sum merged tokens: [n, t, d] -> [n, t - r, d] in at least float32; unmerged A first, then B."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     a, b = x[:, ::2], x[:, 1::2]
     member = matching.target[:, None] == torch.arange(b.shape[1], device=x.device)[:, None]
@@ -75,23 +75,26 @@ def merge_sum(x: Tensor, matching: Matching) -> Tensor:
 
 
 def merge_mean(x: Tensor, matching: Matching, size: Tensor | None = None) -> Tensor:
-    """Means over merged tokens, weighted by `size` [n, t, 1] (None: equally); shape of `merge_sum`, dtype of `x`."""
+    """Average merged tokens, weighted by `size` [n, t, 1] (None: equally); shape of `merge_sum`, dtype of `x`."""
     if size is None:
         size = torch.ones_like(x[..., :1])
     return (merge_sum(x * size, matching) / merge_sum(size, matching)).to(x.dtype)
 
 
 def survivors(index: Tensor, matching: Matching) -> Tensor:
-    """[n, t - r] entries of `index` [n, t] of the tokens that stay or are merged into, in the order of `merge_sum`."""
+    """Select from `index` [n, t] the entries [n, t - r] of the tokens that `merge_sum` leaves, in its order."""
     return torch.cat([index[:, ::2].gather(1, matching.unmerged), index[:, 1::2]], 1)
 
 
 def merge_schedule(tokens: int, left: int, blocks: int) -> list[int]:
-    """Tokens to merge away in each of `blocks` blocks so that `left` of `tokens` stay (a protected one not counted).
+    """Spread merging over `blocks` blocks so that `left` of `tokens` stay (a protected one not counted).
 
-    They are spread evenly, floors and ceilings in turn. As a pass can only halve, late passes that could not do their
-    share do what they can, and earlier ones do the rest. Only if halving every time leaves more than `left`, the first
-    entry is more than one pass can do.
+    Every block merges the same number away, floors and ceilings in turn. A pass can at most halve: where later blocks
+    cannot do their share, earlier ones do the rest. If halving in every block leaves more than `left`, the first entry
+    is more than one pass can do.
+
+    Returns:
+        tokens to merge away in each block.
     """
     after = [tokens - ((tokens - left) * (i + 1) * 2 + blocks) // (2 * blocks) for i in range(blocks)]
     after[-1] = left

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pack(mask: Tensor, width: int) -> Tensor:
-    """Indices of the True entries of each row, ascending, padded to `width` with indices of False entries.
+    """Return the indices of the True entries of each row, ascending, padded to `width` with those of False entries.
 
     All indices of a row are distinct, so a scatter at padded entries never hits a real one.
 
@@ -22,7 +22,7 @@ def pack(mask: Tensor, width: int) -> Tensor:
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of `x` [B, L, ...] at `index` [B, N] -> [B, N, ...]. A batch dimension of 1 in `x` is broadcast."""
+    """Gather rows of `x` [B, L, ...] at `index` [B, N] -> [B, N, ...]; a batch dimension of 1 in `x` is broadcast."""
     if x.shape[0] != index.shape[0]:
         x = x.expand(index.shape[0], *x.shape[1:])
     return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))

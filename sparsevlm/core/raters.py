@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsevlm.core.precision import at_least_float32
 
 RULES = ("paper", "all", "centred", "last")
-NUMBER = "a number of text tokens from 1 on"
+NUMBER = "a number of text tokens of at least 1"
 
 
 def select_raters(
@@ -40,7 +40,7 @@ def select_raters(
         ValueError: unknown rule.
     """
     if not is_rule(rule):
-        raise ValueError(f"unknown rater rule {rule!r}; known rules: {', '.join(RULES)}, or {NUMBER}")
+        raise ValueError(f"unknown rater rule {rule!r}. Use {', '.join(RULES)}, or {NUMBER}")
     valid = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device) if text_valid is None else text_valid
     if rule == "all":
         return valid
@@ -57,7 +57,7 @@ def select_raters(
 
 
 def is_rule(rule: str | int) -> bool:
-    """Whether `select_raters` takes it: one of RULES, or a number from 1 on."""
+    """Return whether `select_raters` takes it: one of RULES, or an integer of at least 1."""
     if isinstance(rule, int) and not isinstance(rule, bool):
         return rule >= 1
     return rule in RULES
@@ -70,7 +70,7 @@ def relevance(
     text_valid: Tensor | None = None,
     centred: bool = False,
 ) -> Tensor:
-    """r of eq. 5: mean over visual tokens of softmax over text of H_v H_q^T; `centred`: H_v less its mean.
+    """Compute r of eq. 5: mean over visual tokens of softmax over text of H_v H_q^T; `centred`: H_v less its mean.
 
     Args:
         visual, text, visual_valid, text_valid: as in `select_raters`.
@@ -89,7 +89,7 @@ def relevance(
 
 
 def _mean(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean of [B, N, D] over the valid rows -> [B, D]."""
+    """Average [B, N, D] over the valid rows -> [B, D]."""
     if valid is None:
         return x.mean(1)
     count = valid.sum(1, keepdim=True).clamp(min=1)

@@ -13,7 +13,7 @@ from sparsevlm.core.precision import at_least_float32
 
 
 def recycled_counts(dropped: int, share: float = 0.3, cluster_share: float = 0.1) -> tuple[int, int]:
-    """How many of the dropped tokens are recycled, and into how many: int(0.3 n) + 1 and int(0.1 m) + 1.
+    """Return how many dropped tokens are recycled, and into how many: int(0.3 n) + 1 and int(0.1 m) + 1.
 
     Source: authors' modelling_sparse_llama.py:281-299 (tau and theta of eq. 8 and 9). Zero dropped: (0, 0).
     """
@@ -24,7 +24,7 @@ def recycled_counts(dropped: int, share: float = 0.3, cluster_share: float = 0.1
 
 
 def density_peaks(x: Tensor, clusters: Tensor | None, width: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """DPC-kNN: centres of clusters and the cluster of each token.
+    """Cluster tokens by density peaks (DPC-kNN).
 
     Density of i = exp(-mean of the squared distances to its k nearest neighbours, itself included), k = clusters;
     separation = distance to the nearest denser token (the densest: the largest distance of all pairs); the tokens of
@@ -74,7 +74,7 @@ def density_peaks(x: Tensor, clusters: Tensor | None, width: int, valid: Tensor 
 
 
 def _squared_distances(x: Tensor) -> Tensor:
-    """Squared Euclidean distances of tokens [B, m, D] -> [B, m, m] float32 (float64 stays): symmetric, zero diagonal.
+    """Compute squared Euclidean distances of [B, m, D] tokens -> [B, m, m] float32 (float64 stays), exactly symmetric.
 
     By one matrix product in float64: in float32 the difference of large squares would lose small distances between
     large states, and differencing every pair (torch.cdist without a product) costs as much as the rest of pruning.
@@ -91,7 +91,7 @@ def _squared_distances(x: Tensor) -> Tensor:
 def merge_weights(
     group: Tensor, width: int, valid: Tensor | None = None, how: str = "mean", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Weights [B, width, m] of `dtype` that turn m tokens into `width` merged ones: weights @ tokens.
+    """Make the weights [B, width, m] of `dtype` that turn m tokens into `width` merged ones: weights @ tokens.
 
     Args:
         group: [B, m] cluster of each token.
@@ -103,7 +103,7 @@ def merge_weights(
         ValueError: another `how`.
     """
     if how not in ("mean", "sum"):
-        raise ValueError(f"unknown merge {how!r}; known: mean, sum")
+        raise ValueError(f"unknown merge {how!r}. Use mean or sum")
     weights = torch.zeros(group.shape[0], width, group.shape[1], dtype=dtype, device=group.device)
     if valid is None:
         weights.scatter_(1, group[:, None], 1)

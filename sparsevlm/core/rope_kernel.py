@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rotated_ones(cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE applied to ones: [..., d] tables -> [..., d] float32. Half-split layout (Llama, Qwen, Mistral)."""
+    """Apply RoPE to ones: tables [..., d] -> [..., d] float32. Half-split layout (Llama, Qwen, Mistral)."""
     half = cos.shape[-1] // 2
     sign = torch.ones(cos.shape[-1], device=cos.device)
     sign[:half] = -1
@@ -15,7 +15,7 @@ def rotated_ones(cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_kernel(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
-    """G[m, n] = (2 / sqrt(d)) sum_i cos((p_m - p_n) theta_i), from the cos and sin tables of the positions.
+    """Compute G[m, n] = (2 / sqrt(d)) sum_i cos((p_m - p_n) theta_i) from the cos and sin tables of positions p.
 
     Args:
         query: cos, sin [B, T, d] of the query tokens.
@@ -24,12 +24,12 @@ def rope_kernel(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Ten
     Returns:
         [B, T, N] float32.
     """
-    q, k = rotated_ones(*query), rotated_ones(*key)
-    return q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+    rotated_query, rotated_key = rotated_ones(*query), rotated_ones(*key)
+    return rotated_query @ rotated_key.transpose(1, 2) / rotated_query.shape[-1] ** 0.5
 
 
 def first_nonpositive_distance(inv_freq: Tensor, limit: int) -> int | None:
-    """Smallest distance below `limit` at which the kernel is not positive; None if there is none.
+    """Return the smallest distance below `limit` at which the kernel is not positive; None if there is none.
 
     Beyond it dividing by the kernel flips the sign of a score. Example: 1707 for head size 128 and theta 1e4.
     `inv_freq` [d / 2] must be on the CPU (no device is synchronised).

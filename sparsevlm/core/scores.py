@@ -9,8 +9,10 @@ from sparsevlm.core.precision import at_least_float32
 
 
 def causal_bias(rows: int, length: int, dtype: torch.dtype, device: torch.device, window: int | None = None) -> Tensor:
-    """What is added to the logits [rows, length] of the last `rows` tokens of a sequence: 0, or the lowest value of
-    `dtype` where a key comes later or is `window` tokens or more ago. Its last columns are those of a shorter sequence.
+    """Make the causal mask [rows, length] to add to the logits of the last `rows` tokens of a sequence.
+
+    It is 0, or the lowest value of `dtype` where a key comes later or is at least `window` tokens ago. Its last columns
+    are those of a shorter sequence.
     """
     lowest = torch.finfo(dtype).min
     bias = torch.full((rows, length), lowest, dtype=dtype, device=device)
@@ -22,7 +24,7 @@ def causal_bias(rows: int, length: int, dtype: torch.dtype, device: torch.device
 def attention_rows(
     query: Tensor, key: Tensor, scaling: float, key_mask: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """Softmaxed attention of the last T tokens of a sequence to all of its S tokens.
+    """Compute the softmaxed attention of the last T tokens of a sequence to all of its S tokens.
 
     Equal to the last T rows of the full causal attention (normalised over all keys, as in the model), at a cost of
     T x S instead of S x S. Logits and softmax are float32 also in half precision (float64 stays): the authors' scores
@@ -52,7 +54,7 @@ def attention_rows(
 
 
 def mean_scores(rows: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum over rows and mean over heads (authors' score.py:27-32).
+    """Sum weighted rows and average over heads (authors' score.py:27-32).
 
     Args:
         rows: [B, H, T, N] attention.
@@ -66,7 +68,7 @@ def mean_scores(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def rank_by_score(scores: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Indices [B, N] of `scores` [B, N] from high to low; equal scores in order of index; invalid entries last."""
+    """Return indices [B, N] of `scores` [B, N] from high to low; equal scores by index; invalid entries last."""
     if valid is not None:
         scores = scores.masked_fill(~valid, float("-inf"))
     return scores.sort(dim=1, descending=True, stable=True).indices

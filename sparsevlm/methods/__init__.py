@@ -18,12 +18,12 @@ _BASES = ("base", "bases")
 
 
 def names() -> list[str]:
-    """Names of all methods, sorted."""
+    """List the names of all methods, sorted."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _BASES and m.name[0] != "_")
 
 
 def method_class(name: str) -> type[Method]:
-    """The dataclass of a method.
+    """Return the dataclass of a method.
 
     Raises:
         ValueError: unknown name; the message lists the known ones.
@@ -63,7 +63,7 @@ def build(name: str, **options) -> Method:
 
 class _Registry(types.ModuleType):
     def __call__(self) -> list[str]:
-        """Names of all methods, sorted."""
+        """List the names of all methods, sorted."""
         return names()
 
 

@@ -14,10 +14,10 @@ from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision
 
 @dataclass(frozen=True)
 class BlockMethod(VisionMethod):
-    """A subclass says in which blocks it acts and computes them, by attend() and mlp() of `Blocks`."""
+    """Base for merging inside the tower: a subclass overrides `layers` and `block`, which uses attend() and mlp()."""
 
     def layers(self, tower: Tower) -> range:
-        """Encoder layers to compute; the last one is `tower.layer`."""
+        """Return the encoder layers to compute; the last one is `tower.layer`."""
         raise NotImplementedError
 
     def block(self, run: Blocks, i: int, layer: nn.Module, tokens: Tokens) -> None:

@@ -1,4 +1,4 @@
-"""Tokens that were dropped and are computed on all the same, for a ranking that asks them."""
+"""Dropped tokens that are still computed, because a later ranking needs them (AIM)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsevlm.runtime.stage import Stage
 
 @dataclass
 class Dropped:
-    """Rows that see the rows which are left and are seen by none: what a mask over their keys makes of them.
+    """Rows that attend to the remaining rows but to which no row attends, as if their keys were masked.
 
     Attributes:
         states: [B, G, D] that enter the layer of the next stage.
@@ -32,7 +32,7 @@ class Dropped:
 
     @classmethod
     def at(cls, stage: Stage, order: Tensor, keep: Sequence[int]) -> Dropped:
-        """The rows that a stage drops: those behind the first `keep` of `order` [B, V]."""
+        """Take the rows that a stage drops: those behind the first `keep` of `order` [B, V]."""
         prefill, device = stage.prefill, order.device
         gone = torch.tensor([n - k for n, k in zip(stage.n_visual, keep, strict=True)], device=device)[:, None]
         column = torch.arange(max(n - k for n, k in zip(stage.n_visual, keep, strict=True)), device=device)
@@ -42,13 +42,14 @@ class Dropped:
         return cls(take(stage.hidden, rows), tables, _source(stage).gather(1, rows), column < gone)
 
     def with_these(self, others: Dropped) -> Dropped:
+        """Append `others`."""
         return Dropped(*(torch.cat([getattr(self, f.name), getattr(others, f.name)], 1) for f in fields(self)))
 
     def to(self, device: torch.device) -> Dropped:
         return Dropped(*(getattr(self, f.name).to(device) for f in fields(self)))
 
     def attention(self, stage: Stage) -> Tensor:
-        """[B, H, G, S] softmaxed attention to the keys of the stage's layer, in at least float32."""
+        """Compute their softmaxed attention [B, H, G, S] to the keys of the stage's layer, in at least float32."""
         prefill, length = stage.prefill, stage.hidden.shape[1]
         layer = prefill.family.decoder.layers[stage.module]
         query = stage.heads(layer.self_attn.q_proj(layer.input_layernorm(self.states)), layer.self_attn, "q_norm")
@@ -69,7 +70,7 @@ class Dropped:
         return attention_rows(query, keys, layer.self_attn.scaling, None, bias[:, None])
 
     def after(self, stage: Stage, attention: Tensor) -> Dropped:
-        """The rows after the stage's layer, given their attention in it."""
+        """Compute the rows after the stage's layer, given their attention in it."""
         layer, values = stage.prefill.family.decoder.layers[stage.module], stage.values()
         batch, heads, rows, length = attention.shape
         mixed = attention.to(values.dtype).view(batch, values.shape[1], -1, length) @ values
@@ -79,7 +80,7 @@ class Dropped:
 
 
 def _source(stage: Stage) -> Tensor:
-    """[B, L] int64: numbers of the current rows in the call's input, ascending over the real ones."""
+    """Return the [B, L] int64 numbers of the current rows in the call's input, ascending over the real ones."""
     prefill = stage.prefill
     if prefill.source is not None:
         return prefill.source

@@ -11,7 +11,7 @@ VARIANTS = ("paper", "code")
 
 
 def code_weights(logits: Tensor, eps: float, counts: Sequence[int]) -> Tensor:
-    """How much of each discarded token goes to which token, in the authors' code.
+    """Compute how much of each discarded token goes to which token, as the authors' code does.
 
     The targets of a row are the tokens above its eps-quantile (linear interpolation), as many for every row as that
     makes where no two correlations are equal; shares are those of a softmax, made to sum to one. Targets may be tokens

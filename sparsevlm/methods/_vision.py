@@ -28,21 +28,21 @@ from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision,
 
 @dataclass(frozen=True)
 class VisionMethod(Method):
-    """A subclass overrides `reduce`, or `tower_hooks` and `encode` if it changes the tower itself."""
+    """Base for acting before the language model: override `reduce`, or `tower_hooks` and `encode` for the tower."""
 
     positions: ClassVar[str] = "renumber"
     reads_text: ClassVar[bool] = False
     captures: ClassVar[bool] = False  # needs states, queries and keys of the feature layer
     after_projector: ClassVar[bool] = False  # works on what the projector makes instead of what it gets
 
-    # ---- what a method says ----------------------------------------------------------------------------------------
+    # ---- for subclasses to override ----------------------------------------------------------------------------------
     @property
     def active(self) -> bool:
-        """Whether anything is to be dropped."""
+        """Return whether anything is dropped."""
         return self.budget not in (None, "full")
 
     def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
-        """Tokens for each picture of a prompt, of pictures with these numbers of visual tokens, in a model so deep.
+        """Split the budget of a prompt over its pictures, which have `sizes` visual tokens; returns tokens per picture.
 
         Raises:
             ValueError: a budget above their sum, or one that the method cannot express.
@@ -50,15 +50,15 @@ class VisionMethod(Method):
         return share(check_budget(self.budget, sum(sizes)), sizes)
 
     def tower_hooks(self, vision: Vision, tower: Tower) -> list[RemovableHandle]:
-        """Further hooks on a tower."""
+        """Register further hooks on a tower and return their handles."""
         return []
 
     def encode(self, vision: Vision, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
-        """Rows for each group of pictures that get the same number of tokens."""
+        """Return the rows of each group of pictures that get the same number of tokens."""
         return [self._group(pictures[group], encoding.counts[group[0]]) for group in encoding.groups]
 
     def _group(self, pictures: Pictures, count: int) -> Reduced:
-        """The same for one group."""
+        """Return the rows of one group, by `reduce` if any token goes."""
         n, tokens = pictures.features.shape[:2]
         if count in (0, tokens):
             origin = torch.arange(count, device=pictures.features.device).expand(n, -1)
@@ -66,10 +66,10 @@ class VisionMethod(Method):
         return self.reduce(pictures, count)
 
     def reduce(self, pictures: Pictures, count: int) -> Reduced:
-        """`count` rows for each picture; 0 < count < number of its visual tokens."""
+        """Reduce each picture to `count` rows; 0 < count < number of its visual tokens."""
         raise NotImplementedError
 
-    # ---- what the runtime asks -------------------------------------------------------------------------------------
+    # ---- called by the runtime -------------------------------------------------------------------------------------
     def check(self, family: Family) -> None:
         find_towers(family, self.name)
 
@@ -92,14 +92,14 @@ class VisionMethod(Method):
             attached.forget()
 
     def plan(self, n_visual: int, n_layers: int) -> Schedule:
-        """For a prompt of one picture."""
+        """Return the schedule for a prompt of one picture."""
         return self.plan_pictures(n_visual, n_layers, n_visual)
 
     def schedule(self, n_visual: int, n_layers: int, attached: Vision | None) -> Schedule:
         return self.plan_pictures(n_visual, n_layers, n_visual if attached is None else attached.tokens)
 
     def plan_pictures(self, n_visual: int, n_layers: int, size: int) -> Schedule:
-        """The schedule for a prompt whose pictures have `size` visual tokens each."""
+        """Return the schedule for a prompt whose pictures have `size` visual tokens each."""
         if not self.active:
             return super().plan(n_visual, n_layers)
         check_budget(self.budget, n_visual)
@@ -116,15 +116,15 @@ class VisionMethod(Method):
             if keep < n and keep != _made(vision, prefill.batch, b, n):
                 raise ValueError(
                     f"method {self.name!r} acts while pictures are encoded, and these were encoded without it or "
-                    "without their prompt; pass input_ids and pixel values together, inside the `with` block"
+                    "without their prompt. Pass input_ids and pixel values together, inside the `with` block"
                 )
 
     def score(self, stage: Stage) -> Tensor:
-        """1 for rows that were filled, 0 for the zeros of dropped tokens."""
+        """Score rows that were filled with 1, the zeros of dropped tokens with 0."""
         return (take(stage.hidden, stage.visual_index) != 0).any(-1).float()
 
     def annotate(self, record: StageRecord, prefill: Prefill) -> None:
-        """Let the trace tell which visual tokens the rows are, instead of which slots they took."""
+        """Record in the trace which visual tokens the rows are, instead of which slots they took."""
         encodings = [] if prefill.attached is None else list(prefill.attached.last.values())
         if not encodings or any(e.prompts is None for e in encodings):
             return
@@ -143,7 +143,7 @@ class VisionMethod(Method):
 
 
 def _made(vision: Vision, batch: int, b: int, n_visual: int) -> int | None:
-    """Tokens that were made of the pictures of sample b; None if that cannot be told."""
+    """Count the tokens that were made of the pictures of sample b; None if that is not known."""
     total = 0
     for e in vision.last.values():
         if e.prompts is None and n_visual > e.tower.tokens:
@@ -153,7 +153,7 @@ def _made(vision: Vision, batch: int, b: int, n_visual: int) -> int | None:
 
 
 def _details(default: Callable, samples: list[tuple[Encoding, int] | None]) -> tuple[list, list, list]:
-    """Scores, kept and origin per sample, as in `StageRecord`."""
+    """Return scores, kept and origin per sample, as in `StageRecord`."""
     scores, kept, origin = default()
     for b, sample in enumerate(samples):
         if sample is not None:
@@ -163,6 +163,6 @@ def _details(default: Callable, samples: list[tuple[Encoding, int] | None]) -> t
 
 
 def _later_details(default: Callable, samples: list[tuple[Encoding, int] | None]) -> tuple[list, list, list]:
-    """The same for a stage inside the language model, whose tokens are known by their slots."""
+    """Return the same for a stage inside the language model, which knows tokens by their slots."""
     scores, kept, origin = default()
     return scores, kept, [o if s is None else s[0].origins(s[1])[o] for o, s in zip(origin, samples, strict=True)]

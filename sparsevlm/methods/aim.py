@@ -75,7 +75,7 @@ class AIM(VisionMethod):
         super().__post_init__()
         one_of(self.start, ("all", "kept"), "start")
         if self.merge_to is not None and self.budget is not None:
-            raise ValueError("give either a budget or merge_to, not both")
+            raise ValueError("budget and merge_to exclude each other. Use one of them")
         if self.merge_to is not None and self.merge_to < 1:
             raise ValueError(f"merge_to {self.merge_to} must be at least 1")
         if self.steps < 0 or self.temperature <= 0:
@@ -106,20 +106,20 @@ class AIM(VisionMethod):
         return layers
 
     def _schedule(self, merged: int, n_visual: int, n_layers: int) -> Schedule:
-        """Schedule of a prompt whose visual tokens are merged into `merged`."""
+        """Return the schedule of a prompt whose visual tokens are merged into `merged`."""
         layers = self._layers(n_layers)
         keep = (merged, *(merged * (len(layers) - i) // len(layers) for i in range(1, len(layers) + 1)))
         none = (0,) * len(keep)
         return Schedule(n_visual, n_layers, (-1, *layers), keep, none, none)
 
     def _merged(self, budget: int, n_visual: int, n_layers: int) -> int:
-        """Tokens to merge into, so that the mean over the layers is nearest to the budget."""
+        """Return how many tokens to merge into, so that the mean over the layers is nearest to the budget."""
         means = [abs(self._schedule(n, n_visual, n_layers).leaving - budget) for n in range(1, n_visual + 1)]
         most = self._schedule(n_visual, n_visual, n_layers).leaving
         if budget > most + 0.5:
             raise ValueError(
                 f"'aim' prunes to nothing in the model: without merging {most:.1f} of {n_visual} tokens per layer are "
-                f"left, so budget {budget} is out of reach; use at most {int(most)}, 'full', or later layers"
+                f"left, so budget {budget} is out of reach. Use at most {int(most)}, 'full', or later layers"
             )
         return 1 + means.index(min(means))
 
@@ -181,7 +181,7 @@ class AIM(VisionMethod):
         return None if dropped is None else dropped.to(stage.hidden.device)
 
     def _importance(self, stage: Stage, dropped: Dropped | None, seen: Tensor | None) -> Tensor:
-        """[B, L] of all rows; `seen`: attention of the dropped ones."""
+        """Compute the importance [B, L] of all rows; `seen`: attention of the dropped ones."""
         length = stage.hidden.shape[1]
         flow = self._flow(stage.attention(length), length)
         start = _prompt(stage.prefill, length).to(flow.dtype).expand(flow.shape[0], -1)
@@ -191,18 +191,18 @@ class AIM(VisionMethod):
             asked = dropped.valid.to(flow.dtype)
             total = total + asked.sum(1, keepdim=True)
             inflow = (asked / total)[:, None, None].expand(-1, flow.shape[1], -1, -1) @ self._flow(seen, length)
-        p = (start / total)[:, None, None].expand(-1, flow.shape[1], -1, -1)
+        importance = (start / total)[:, None, None].expand(-1, flow.shape[1], -1, -1)
         for step in range(self.steps):
-            p = p @ flow + (inflow if step == 0 else 0)
-        return p[:, :, 0].square().mean(1).sqrt()
+            importance = importance @ flow + (inflow if step == 0 else 0)
+        return importance[:, :, 0].square().mean(1).sqrt()
 
     def _flow(self, attention: Tensor, length: int) -> Tensor:
-        """Sharpened attention to the last `length` keys, which are this turn's."""
+        """Sharpen the attention to the last `length` keys, which are this turn's."""
         return (attention[..., -length:].log() / self.temperature).softmax(-1)
 
 
 def _prompt(prefill: Prefill, length: int) -> Tensor:
-    """[B or 1, L] bool: tokens of the prompt. Padding, and what is generated without a cache, are none."""
+    """Return which rows [B or 1, L] are tokens of the prompt: no padding, nothing generated without a cache."""
     mask = prefill.key_mask
     real = torch.ones(1, length, dtype=torch.bool, device=prefill.device) if mask is None else mask[:, -length:]
     if prefill.text_valid is None:

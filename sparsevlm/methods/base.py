@@ -1,4 +1,4 @@
-"""What a method is: a dataclass of options that plans how many tokens stay and scores them."""
+"""Base of all methods: a dataclass of options that plans how many tokens stay and scores them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Method:
     """Base of all methods. A subclass sets `name`, adds its options as fields and overrides what differs.
 
     Calling a method with a model gives a context manager: inside it the model prunes, after it the model is what it
-    was before. The hooks need nothing of a method but the members below `__call__`. A method never changes: what it
-    must remember belongs to the block (`attach`) or to the prompt (`Prefill.scratch`), so that one object may be used
-    in several models, copied, compared and pickled at any time.
+    was before. The runtime uses the class attributes and the members below `__call__` only. A method never changes:
+    what it must remember belongs to the block (`attach`) or to the prompt (`Prefill.scratch`), so that one object may
+    be used in several models, copied, compared and pickled at any time.
 
     Attributes:
         budget: mean visual tokens per layer as they leave the layers (see `sparsevlm.budget`), "full", or None when
@@ -83,32 +83,32 @@ class Method:
 
         return install(self, model, visual_mask)
 
-    # ---- what the runtime asks -------------------------------------------------------------------------------------
+    # ---- called by the runtime -------------------------------------------------------------------------------------
     def check(self, family: Family) -> None:
-        """Called on installation. Raises ValueError if the method cannot work on this model."""
+        """Raise ValueError if the method cannot work on this model. Called on installation."""
 
     def attach(self, family: Family) -> Any:
-        """Called on installation, after `check`: what the method knows of this model while it is installed in it.
+        """Return what the method knows of this model while it is installed in it. Called after `check`.
 
-        It is handed to `hooks`, `announce` and `schedule`, and prefills carry it as `attached`.
+        The result is passed to `hooks`, `announce` and `schedule`, and prefills carry it as `attached`.
         """
         return None
 
     def hooks(self, attached: Any) -> list[RemovableHandle]:
-        """Further hooks of a method that acts in the vision tower or projector; they are removed with ours."""
+        """Register further hooks (vision tower, projector) and return them; they are removed with ours."""
         return []
 
     def check_call(self, attached: Any, arguments: dict) -> None:
-        """Called before pictures are encoded, with the call's arguments. Raises ValueError if it cannot follow them."""
+        """Raise ValueError if the method cannot follow a call with these arguments, before pictures are encoded."""
 
     def announce(self, attached: Any, input_ids: Tensor) -> None:
-        """Called before pictures are encoded, with the new tokens [B, L] of the prompts that they belong to."""
+        """Take note of the new tokens [B, L] of the prompts whose pictures are encoded next."""
 
     def forget(self, attached: Any) -> None:
-        """Called when that call has failed: what was announced does not come."""
+        """Discard what was announced. Called when that call has failed."""
 
     def plan(self, n_visual: int, n_layers: int) -> Schedule:
-        """The schedule for a prompt; by default nothing is dropped.
+        """Return the schedule for a prompt; by default nothing is dropped.
 
         Raises:
             ValueError: a budget that this prompt or model cannot meet.
@@ -116,11 +116,11 @@ class Method:
         return Schedule(n_visual, n_layers, (), (), (), ())
 
     def schedule(self, n_visual: int, n_layers: int, attached: Any) -> Schedule:
-        """The same in a model that the method is installed in."""
+        """Return the same for a model in which the method is installed."""
         return self.plan(n_visual, n_layers)
 
     def stages(self, counts: Sequence[int], n_layers: int, attached: Any) -> list[int]:
-        """Layers after which tokens may go, of prompts with these numbers of visual tokens."""
+        """Return the layers after which tokens may go, of prompts with these numbers of visual tokens."""
         schedules = [self.schedule(n, n_layers, attached) for n in counts if n]
         return sorted(
             {layer for s in schedules for layer, n in zip(s.layers, s.after, strict=True) if n < s.n_visual}
@@ -128,33 +128,33 @@ class Method:
         )
 
     def positions_after(self, layer: int) -> str:
-        """`positions` of the rows that a stage on the output of `layer` leaves (-1 = before the language model)."""
+        """Return `positions` of the rows that a stage on the output of `layer` leaves (-1 = at the input)."""
         return self.positions
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
-        """Called once per prompt before layer 0, with the input embeddings [B, L, D]; raters are chosen here."""
+        """Look at the input embeddings [B, L, D] once per prompt, before layer 0; raters are chosen here."""
 
     def score(self, stage: Stage) -> Tensor:
-        """Scores [B, V] of the visual tokens that enter a stage; high ones stay."""
+        """Return scores [B, V] of the visual tokens that enter a stage; the highest stay."""
         raise NotImplementedError
 
     def keep_all(self, stage: Stage) -> None:
-        """Called instead of `score` at a stage that drops nothing."""
+        """Follow a stage that drops nothing. Called there instead of `score`."""
 
     def keep_counts(self, stage: Stage) -> list[int]:
-        """Tokens to keep per sample; only adaptive methods override this."""
+        """Return the tokens to keep per sample. Adaptive methods override this; it is called after their `score`."""
         return [s.at(stage.layer, n)[0] for s, n in zip(stage.prefill.schedules, stage.n_visual, strict=True)]
 
     def before_drop(self, prefill: Prefill, layer: int, hidden: Tensor) -> Tensor:
-        """Called with the states [B, L, D] from which tokens go after `layer`; returns what the others become."""
+        """Return what the states [B, L, D] become before tokens are dropped from them after `layer`."""
         return hidden
 
     def annotate(self, record: StageRecord, prefill: Prefill) -> None:
-        """Called with the trace's record of each stage, for what the runtime cannot know about it."""
+        """Add to the trace's record of a stage what the runtime cannot know about it."""
 
     def merge_tokens(self, tokens: Tensor, clusters: Tensor, width: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Centres [B, width] and weights [B, width, m] that merge recycled tokens [B, m, D] into `width`."""
-        raise NotImplementedError
+        """Return centres [B, width] and weights [B, width, m] that merge recycled tokens [B, m, D] into `width`."""
+        raise NotImplementedError(f"{self.name} recycles tokens (recycle > 0). Override merge_tokens to merge them")
 
 
 def int_tuple(value: Sequence[int] | int | None, what: str) -> tuple[int, ...] | None:

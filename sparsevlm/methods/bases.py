@@ -50,7 +50,7 @@ class PlannedMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None and self.instead and getattr(self, self.instead) is not None:
-            raise ValueError(f"give either a budget or {self.instead}, not both")
+            raise ValueError(f"budget and {self.instead} exclude each other. Use one of them")
         if self.adaptive and self.budget not in (None, "full"):
             raise ValueError(
                 f"{self.name} has no budget (got {self.budget}): it decides from the picture how many tokens stay. Use "
@@ -181,7 +181,9 @@ class PruneByLists(PruneInStages):
         if isinstance(self.budget, int) and not self.lists:
             raise ValueError(f"{self.name} has no published lists that give a budget its shape. Use keep instead")
         if self.keep is not None and self.layers is not None and len(self.keep) != len(self.layers):
-            raise ValueError(f"layers {self.layers} and keep {self.keep} differ in length")
+            raise ValueError(
+                f"layers {self.layers} and keep {self.keep} differ in length. Use as many counts as layers"
+            )
 
     def plan_counts(self, n_visual: int, n_layers: int) -> Schedule:
         layers = self.where(n_layers)
@@ -220,7 +222,7 @@ class PruneByRatios(PruneInStages):
             stages = (
                 f"the {len(self.published[0])} published stages" if self.layers is None else f"layers {self.layers}"
             )
-            raise ValueError(f"ratios {self.ratios} and {stages} differ in length; give as many layers as ratios")
+            raise ValueError(f"ratios {self.ratios} and {stages} differ in length. Use as many ratios as layers")
 
     def where(self, n_layers: int) -> tuple[int, ...]:
         return _scaled(self.published[0], n_layers) if self.layers is None else self.layers

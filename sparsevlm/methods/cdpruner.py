@@ -60,7 +60,7 @@ class CDPruner(VisionMethod):
         if self.clip is None:
             raise ValueError(
                 "method 'cdpruner' needs the text tower of the CLIP model that the vision tower comes from, which this "
-                "model does not contain; give clip=<CLIPModel, folder or hub id>"
+                "model does not contain. Use clip=<CLIPModel, folder or hub id>"
             )
 
     def attach(self, family: Family) -> Vision | None:
@@ -71,7 +71,7 @@ class CDPruner(VisionMethod):
             if tower.module.config.hidden_size != width:
                 raise ValueError(
                     f"the given CLIP model projects states of width {width}, the vision tower has "
-                    f"{tower.module.config.hidden_size}; give the CLIP model that the tower comes from"
+                    f"{tower.module.config.hidden_size}. Use the CLIP model that the tower comes from"
                 )
         if vision is not None:
             vision.scratch |= {"loaded": loaded, "texts": []}
@@ -81,14 +81,16 @@ class CDPruner(VisionMethod):
         super().announce(attached, input_ids)
         if attached is not None:
             if (input_ids < 0).any():
-                raise ValueError("method 'cdpruner' reads the question: pass input_ids instead of inputs_embeds")
+                raise ValueError(
+                    "method 'cdpruner' reads the question from input_ids. Use them instead of inputs_embeds"
+                )
             loaded = attached.scratch["loaded"]
             attached.scratch["texts"] = [loaded.embed(loaded.question(row)) for row in input_ids]
 
     def encode(self, vision: Vision, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
         clip, texts = vision.scratch["loaded"].clip, vision.scratch["texts"]
         if encoding.prompts is None or len(encoding.prompts) != len(texts):
-            raise ValueError("method 'cdpruner' must know the question; pass input_ids and pixel values together")
+            raise ValueError("method 'cdpruner' must know the question. Pass input_ids and pixel values together")
         of_picture = [p for p, n in enumerate(encoding.prompts) for _ in range(n)]
         states = pictures.states if encoding.tower.cls else pictures.states[:, 1:]
         embeds = clip.visual_projection(clip.vision_model.post_layernorm(states))
@@ -121,21 +123,21 @@ class _Loaded:
         weight = next(family.decoder.parameters())
         clip = CLIPModel.from_pretrained(path) if path else method.clip
         if method.tokenizer is None and path is None:
-            raise ValueError("give tokenizer= of the CLIP model's text tower beside a loaded clip=")
+            raise ValueError("a loaded clip= comes without its tokenizer. Use tokenizer= of its text tower, too")
         tokenizer = AutoTokenizer.from_pretrained(path) if method.tokenizer is None else method.tokenizer
         question = method.question
         if question is None:
             folder = family.outer.config._name_or_path
             if not folder:
                 raise ValueError(
-                    "give question=, a function from a prompt's ids to its question: the model has no folder"
+                    "the model has no folder. Use question=, a function from a prompt's ids to its question"
                 )
             question = _Question(AutoTokenizer.from_pretrained(folder), family.visual_ids)
         return cls(clip.to(weight.device, weight.dtype).eval(), tokenizer, question)
 
     @torch.no_grad()
     def embed(self, text: str) -> Tensor:
-        """[segments, p] unit text embeddings of a question."""
+        """Embed a question: unit vectors [segments, p]."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = [self.tokenizer.bos_token_id, *ids, self.tokenizer.eos_token_id]
         size = self.clip.config.text_config.max_position_embeddings

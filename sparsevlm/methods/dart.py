@@ -98,7 +98,7 @@ def least_similar(visual: Tensor, pivots: Tensor, shares: Tensor, free: Tensor, 
 
 
 def _largest(size: Tensor, valid: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Indices [B, P] of the `counts` largest entries of each row, ascending, and which of them are real [B, P]."""
+    """Return indices [B, P] of the `counts` largest entries of each row, ascending, and which are real [B, P]."""
     width = max(counts)
     column = torch.arange(width, device=size.device)
     real = column < torch.tensor(counts, device=size.device)[:, None]
@@ -108,7 +108,7 @@ def _largest(size: Tensor, valid: Tensor | None, counts: Sequence[int]) -> tuple
 
 
 def _share(rest: int, visual: int, text: int, columns: tuple[int, int]) -> list[int]:
-    """How many of `rest` tokens each pivot chooses: visual pivots, none for missing ones, text pivots, none."""
+    """Return how many of `rest` tokens each pivot chooses: visual pivots, 0 for missing ones, text pivots, 0."""
     count = visual + text
     each = [rest // count + (i < rest % count) for i in range(count)] if count else []
     return each[:visual] + [0] * (columns[0] - visual) + each[visual:] + [0] * (columns[1] - text)

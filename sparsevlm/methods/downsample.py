@@ -51,7 +51,7 @@ class Downsample(VisionMethod):
         super().__post_init__()
         one_of(self.of, ("picture", "features"), "of")
         if self.side is not None and self.budget is not None:
-            raise ValueError("give either a budget or side, not both")
+            raise ValueError("budget and side exclude each other. Use one of them")
 
     @property
     def active(self) -> bool:
@@ -115,7 +115,7 @@ class Downsample(VisionMethod):
 
 
 def resized(pixels: Tensor, tower: Tower, count: int) -> Tensor:
-    """Pictures [n, 3, H, W] of which the tower makes `count` patches (and CLS)."""
+    """Resize pictures to [n, 3, H, W] of which the tower makes `count` patches (and CLS)."""
     size = isqrt(count) * tower.module.config.patch_size
     if size == pixels.shape[-1]:
         return pixels
@@ -124,7 +124,7 @@ def resized(pixels: Tensor, tower: Tower, count: int) -> Tensor:
 
 
 def _centres(tower: Tower, count: int, like: Tensor) -> Tensor:
-    """[n, count] the visual tokens in whose patches the centres of the cells of the coarser grid lie."""
+    """Return the visual tokens [n, count] in whose patches the centres of the cells of the coarser grid lie."""
     if count == tower.tokens:
         origin = torch.arange(count)
     else:

@@ -38,6 +38,6 @@ class FasterVLM(VisionMethod):
 
 
 def patch_scores(pictures: Pictures) -> Tensor:
-    """[n, N] mean CLS attention of the visual tokens; -inf for a CLS token among them."""
+    """Return the mean CLS attention [n, N] of the visual tokens; -inf for a CLS token among them."""
     scores = pictures.cls_attention().mean(1)
     return F.pad(scores, (1, 0), value=float("-inf")) if pictures.tower.cls else scores

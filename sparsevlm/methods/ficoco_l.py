@@ -205,7 +205,7 @@ class _Additions:
         return [norm.register_forward_pre_hook(partial(self._add, i)) for i, norm in enumerate(norms)]
 
     def _add(self, i: int, norm: nn.Module, args: tuple[Tensor]) -> None:
-        """Before the norm of the MLP: its input is the residual, too, and therefore changed in place."""
+        """Change the input of the MLP's norm in place, because it is the residual, too."""
         if i in self.due:
             with part("recycling"):
                 index, weights = (t.to(args[0].device) for t in self.due.pop(i))
@@ -215,7 +215,7 @@ class _Additions:
 
 
 def fold_weights(correlation: Tensor, kept: Tensor, discarded: Tensor, keep: list[int], epsilon: float) -> Tensor:
-    """alpha: how much of each discarded token each kept one takes up.
+    """Compute alpha: how much of each discarded token each kept one takes up.
 
     Args:
         correlation: [B, V, V], of the row's token with the column's; not negative.
@@ -237,7 +237,7 @@ def fold_weights(correlation: Tensor, kept: Tensor, discarded: Tensor, keep: lis
 
 
 def _best(score: Tensor, valid: Tensor | None, keep: list[int]) -> Tensor:
-    """[B, V] bool: the `keep` highest scores of each sample."""
+    """Mark the `keep` highest scores of each sample: [B, V] bool."""
     order = rank_by_score(score, valid)
     column = torch.arange(score.shape[1], device=score.device)
     inside = column < torch.tensor(keep, device=score.device)[:, None]
@@ -245,9 +245,9 @@ def _best(score: Tensor, valid: Tensor | None, keep: list[int]) -> Tensor:
 
 
 def _constant(n_visual: int, n_layers: int, start: int, r: float, ends: bool = False) -> Schedule:
-    """r tokens fewer after each layer from `start` on, in sum rounded, until one is left; only layers with a change.
+    """Return the schedule with r tokens fewer after each layer from `start` on, the sum rounded, until one is left.
 
-    `ends`: not until one is left, but as long as there are r tokens to discard and another one.
+    Layers without a change are left out. `ends`: stop where no more than r tokens are left.
     """
     layers, keep, count = [], [], n_visual
     for layer in range(start, n_layers - 1):

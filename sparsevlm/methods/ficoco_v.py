@@ -103,7 +103,7 @@ class FiCoCoV(BlockMethod):
         return range(min(first, tower.layer), tower.layer + 1)
 
     def removals(self, tower: Tower, count: int) -> dict[int, int]:
-        """Patches to discard in each block, so that `count` are left.
+        """Return the patches to discard in each block, so that `count` are left.
 
         Raises:
             ValueError: variant "code" would have to discard more than half of a block's tokens.
@@ -162,7 +162,7 @@ class FiCoCoV(BlockMethod):
         tokens.x, tokens.index = x, tokens.index.gather(1, stay)
 
     def _penalised(self, score: Tensor, scratch: dict[str, Tensor], grid: int) -> Tensor:
-        """Scores [n, t] after the code's local penalty, whose map [n, patches] `scratch` carries on."""
+        """Apply the code's local penalty to scores [n, t]; `scratch` carries its map [n, patches] on."""
         if self.window == 1:
             return score
         empty = float("-inf")
@@ -193,7 +193,7 @@ class FiCoCoV(BlockMethod):
         return made
 
     def redundancy(self, attention: Tensor, places: Tensor, grid: int) -> Tensor:
-        """[n, t] of patches at `places` [n, t] of the picture, from [n, 1 + t, 1 + t] attention; high ones go."""
+        """Compute the redundancy [n, t] of patches at `places` [n, t] from attention [n, 1 + t, 1 + t]; high goes."""
         score = self.lam * attention[:, 1:, 1:].mean(2) - (1 - self.lam) * attention[:, 0, 1:]
         if self.window == 1:
             return score
@@ -206,12 +206,12 @@ class FiCoCoV(BlockMethod):
 
 
 def spread(tokens: int, left: int, blocks: int) -> list[int]:
-    """Tokens after each of `blocks` blocks that remove the same number each, up to rounding."""
+    """Return the tokens after each of `blocks` blocks that remove the same number each, up to rounding."""
     return [tokens - ((tokens - left) * (i + 1) * 2 + blocks) // (2 * blocks) for i in range(blocks - 1)] + [left]
 
 
 def compress(x: Tensor, attention: Tensor, gone: Tensor, stay: Tensor, eps: float) -> Tensor:
-    """States [n, s, d] of the tokens `stay` [n, s] with those of `gone` [n, g] spread over them; x is [n, t, d]."""
+    """Spread the tokens `gone` [n, g] of x [n, t, d] over those that `stay` [n, s]; returns these [n, s, d]."""
     rows = take(attention, gone).gather(2, stay[:, None].expand(-1, gone.shape[1], -1))
     targets = int((1 - eps) * (rows.shape[2] - 1) + 1e-9) + 1  # as many are at or above the eps-quantile
     value, place = rows.topk(targets, dim=2)

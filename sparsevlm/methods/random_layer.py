@@ -46,11 +46,11 @@ class RandomLayer(UniformDraw, PruneOnce):
         self._set("_like", None)
         if self.match != LIKE_SPARSEVLM:
             if self.layers is not None:
-                raise ValueError("layers are for match='sparsevlm'; use k, the number of layers that see everything")
+                raise ValueError("layers are for match='sparsevlm'. Use k, the number of layers that see everything")
             super().__post_init__()
             return
         if self.k is not None:
-            raise ValueError("k is FastV's layer; with match='sparsevlm' use layers")
+            raise ValueError("k does not go with match='sparsevlm'. Use layers")
         Method.__post_init__(self)
         self._set("_like", SparseVLM(budget=self.budget, layers=self.layers, keep=self.keep))
         self._set("layers", self._like.layers)

@@ -38,12 +38,12 @@ EVERY_TOKEN = "tokens"
 
 
 def attention_of_all(stage: Stage) -> Tensor:
-    """Attention that every row pays to each visual token, mean over heads: [B, L, V] float32."""
+    """Return the attention [B, L, V] that every row pays each visual token, mean over heads, in float32."""
     return stage.visual_columns(stage.attention(stage.hidden.shape[1]).mean(1))
 
 
 def paid_by_visual(stage: Stage, rows: Tensor) -> Tensor:
-    """Of `attention_of_all`, the sum over the rows of visual tokens: [B, V]."""
+    """Sum `attention_of_all` over the rows of visual tokens: [B, V]."""
     paid = rows.gather(1, stage.visual_index[..., None].expand(-1, -1, rows.shape[-1]))
     if stage.visual_valid is not None:
         paid = paid * stage.visual_valid[..., None]

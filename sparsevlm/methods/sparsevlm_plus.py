@@ -54,16 +54,16 @@ class SparseVLMPlus(SparseVLM):
         if self.heads <= 0 or (self.heads > 1 and self.heads != int(self.heads)):
             raise ValueError(f"heads {self.heads} is neither a share in (0, 1] nor a whole number of heads")
         if self.kernel_floor is not None and self.kernel_floor <= 0:
-            raise ValueError(f"kernel_floor {self.kernel_floor} must be positive")
+            raise ValueError(f"kernel_floor {self.kernel_floor} is not positive. Use a positive number or None")
 
     def check(self, family: Family) -> None:
         super().check(family)
         total = family.decoder.config.num_attention_heads
         if self.heads > total:
-            raise ValueError(f"heads {self.heads:g} is above the model's {total} attention heads; give a share instead")
+            raise ValueError(f"heads {self.heads:g} is above the model's {total} attention heads. Use a share instead")
 
     def attach(self, family: Family) -> int | None:
-        """Distance from which on the kernel is not positive; None = not below 16384, or not known."""
+        """Return the distance from which on the kernel is not positive; None = not below 16384, or not known."""
         frequencies = family.decoder.rotary_emb.inv_freq
         return None if frequencies.is_meta else first_nonpositive_distance(frequencies.detach().cpu(), 16384)
 
@@ -73,7 +73,7 @@ class SparseVLMPlus(SparseVLM):
         if self.kernel and self.kernel_floor is None and limit is not None and span > limit:
             warnings.warn(
                 f"SparseVLM+: the RoPE kernel is not positive at distances from {limit} on, and this prompt "
-                f"spans {span} tokens: scores of tokens that far from a rater change their sign. Set kernel_floor to "
+                f"spans {span} tokens: scores of tokens that far from a rater change their sign. Use kernel_floor to "
                 "clamp it.",
                 stacklevel=2,
             )
@@ -93,7 +93,7 @@ class SparseVLMPlus(SparseVLM):
         return mean_scores(take(rows, best), weights)
 
     def _kernel(self, stage: Stage) -> Tensor:
-        """[B, T, V] kernel between the last `tail` positions and those of the visual tokens, as they are now."""
+        """Compute the kernel [B, T, V] between the last `tail` positions and those of the visual tokens."""
         batch, tail = stage.hidden.shape[0], stage.prefill.tail
         tables = [t.expand(batch, -1, -1) for t in stage.prefill.rope]
         kernel = rope_kernel(tuple(t[:, -tail:] for t in tables), tuple(take(t, stage.visual_index) for t in tables))

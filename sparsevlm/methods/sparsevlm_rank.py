@@ -50,13 +50,13 @@ class SparseVLMRank(SparseVLM):
     def __post_init__(self) -> None:
         if self.budget not in (None, "full"):
             raise ValueError(
-                f"sparsevlm_rank has no budget (got {self.budget}): set lam, or scale and bias, and read the mean "
-                "tokens reached from the trace; use sparsevlm for a budget"
+                f"sparsevlm_rank has no budget (got {self.budget}). Use lam, or scale and bias, and read the mean "
+                "tokens reached from the trace; or use sparsevlm"
             )
         super().__post_init__()
         one_of(self.rule, RULES, "rule")
         if self.keep is not None:
-            raise ValueError("sparsevlm_rank decides by itself how many tokens to keep; use sparsevlm for keep lists")
+            raise ValueError("sparsevlm_rank decides how many tokens to keep. Use sparsevlm for keep lists")
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam {self.lam} is a share between 0 and 1")
 
@@ -74,7 +74,7 @@ class SparseVLMRank(SparseVLM):
         return [self._keep(n, r) if n else 0 for n, r in zip(stage.n_visual, ranks, strict=True)]
 
     def _keep(self, n: int, rank: int) -> int:
-        """Tokens to keep of `n` at a given rank; at least one."""
+        """Return how many of `n` tokens to keep at a given rank; at least one."""
         if self.rule == "paper":
             return max(1, n - max(0, int(self.lam * (n - rank))))
         if rank == n:  # both of the authors' rules skip the layer then

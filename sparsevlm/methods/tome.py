@@ -46,7 +46,7 @@ class ToMe(BlockMethod):
             backend = tower.module.config._attn_implementation
             if self.active and self.proportional and backend not in ("sdpa", "eager"):
                 raise ValueError(
-                    f"proportional attention of 'tome' adds to the attention logits, which {backend!r} cannot; call "
+                    f"proportional attention of 'tome' adds to the attention logits, which {backend!r} cannot. Call "
                     "model.set_attn_implementation({'vision_config': 'sdpa'}) first, or set proportional=False"
                 )
 

@@ -50,11 +50,11 @@ class VisionZip(VisionMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.dominant is None) != (self.contextual is None):
-            raise ValueError("give both dominant and contextual, or a budget instead")
+            raise ValueError("dominant and contextual go together. Use both of them, or a budget")
         if self.dominant is None:
             return
         if self.budget is not None:
-            raise ValueError("give either a budget, or dominant and contextual, not both")
+            raise ValueError("budget and dominant exclude each other. Use a budget, or dominant and contextual")
         if self.dominant < 1 or self.contextual < 0:
             raise ValueError(
                 f"dominant {self.dominant} must be at least 1 (CLS is one of them), "
@@ -71,7 +71,7 @@ class VisionZip(VisionMethod):
         return [check_budget(self.dominant + self.contextual, size) for size in sizes]
 
     def split(self, count: int) -> tuple[int, int]:
-        """Dominant and contextual tokens of a picture that gets `count`."""
+        """Return the dominant and contextual tokens of a picture that gets `count`."""
         contextual = (5 * count + 16) // 32 if self.contextual is None else self.contextual
         return count - contextual, contextual
 
@@ -106,5 +106,5 @@ def contextual_tokens(states: Tensor, keys: Tensor, count: int) -> Tensor:
 
 
 def _with_cls(scores: Tensor) -> Tensor:
-    """Scores with one for CLS, which always stays."""
+    """Prepend the score of CLS, which always stays."""
     return F.pad(scores, (1, 0), value=float("inf"))

@@ -138,5 +138,5 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 @pytest.mark.parametrize("rule", ["best", 0, -2, True, 2.5, None])
 def test_unknown_rule(rule):
-    with pytest.raises(ValueError, match=f"unknown rater rule {rule!r}; known rules: paper, all, centred, last, or a"):
+    with pytest.raises(ValueError, match=f"unknown rater rule {rule!r}. Use paper, all, centred, last, or a"):
         select_raters(*draw(0), rule=rule)

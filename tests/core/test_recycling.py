@@ -128,7 +128,7 @@ def test_merging():
     torch.testing.assert_close(total[0], torch.stack([tokens[0, [0, 2, 3]].sum(0), tokens[0, [1, 4]].sum(0)]))
     # the authors divide by count + 1e-6
     torch.testing.assert_close(mean[0], total[0] / torch.tensor([[3 + 1e-6], [2 + 1e-6]], dtype=torch.float64))
-    with pytest.raises(ValueError, match="unknown merge 'median'; known: mean, sum"):
+    with pytest.raises(ValueError, match="unknown merge 'median'. Use mean or sum"):
         merge_weights(group, 2, how="median")
 
 

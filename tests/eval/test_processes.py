@@ -30,7 +30,10 @@ def test_from_another_directory(tmp_path):
     command = [*RUN, "method=sparsevlm", "budget=0"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: budget 0 is below 1; it counts the mean visual tokens per layer (or use 'full')\n"
+    assert (
+        done.stderr
+        == "error: budget 0 is below 1; it counts the mean visual tokens per layer. Use at least 1, or 'full'\n"
+    )
     assert not any(tmp_path.iterdir())
 
 

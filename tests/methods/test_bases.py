@@ -119,7 +119,7 @@ def test_where_and_how_many_are_as_given(base: type, options: dict, stages: list
     ids=str,
 )
 def test_a_budget_and_what_replaces_it_exclude_each_other(base: type, options: dict):
-    with pytest.raises(ValueError, match=f"give either a budget or {next(iter(options))}, not both"):
+    with pytest.raises(ValueError, match=f"budget and {next(iter(options))} exclude each other. Use one of them"):
         loudest(base)(budget=12, **options)
 
 

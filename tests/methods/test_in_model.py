@@ -337,15 +337,15 @@ ERRORS = [
 WRONG = [
     ("fastv", {"k": 0, "keep": 5}, "k 0"),
     ("fastv", {"k": 2, "keep": 0}, "keep 0"),
-    ("fastv", {"keep": 3, "budget": 5}, "not both"),
+    ("fastv", {"keep": 3, "budget": 5}, "exclude each other"),
     ("fastv", {"match": "both"}, "leaving, entering"),
     ("fastv", {"k": 2.5}, "integers"),
     ("pyramiddrop", {"ratios": (0.5, 0.6, 0.1)}, "not rising"),
     ("pyramiddrop", {"ratios": (0.5, 0.25)}, "differ in length"),
-    ("pyramiddrop", {"ratios": (0.5, 0.25, 0.1), "budget": 5}, "not both"),
+    ("pyramiddrop", {"ratios": (0.5, 0.25, 0.1), "budget": 5}, "exclude each other"),
     ("pyramiddrop", {"positions": "new"}, "renumber, original"),
     ("ficoco_l", {"beta": 2}, "between 0 and 1"),
-    ("ficoco_l", {"r": 3, "budget": 5}, "not both"),
+    ("ficoco_l", {"r": 3, "budget": 5}, "exclude each other"),
     ("ficoco_l", {"r": -1}, "at least 0"),
     ("dart", {"visual_pivots": 0}, "at least 1"),
 ]

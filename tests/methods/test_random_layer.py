@@ -62,9 +62,9 @@ def test_the_model_computes_as_much_as_for_sparsevlm(budget):
 
 
 def test_options_that_do_not_go_together_are_refused():
-    with pytest.raises(ValueError, match="use k"):
+    with pytest.raises(ValueError, match="Use k"):
         sparsevlm.build("random_layer", budget=12, layers=(1,))
-    with pytest.raises(ValueError, match="use layers"):
+    with pytest.raises(ValueError, match="Use layers"):
         sparsevlm.build("random_layer", budget=12, match="sparsevlm", k=2)
     with pytest.raises(ValueError, match="differ in length"):
         sparsevlm.build("random_layer", match="sparsevlm", layers=(1, 2), keep=(5,))

@@ -57,14 +57,14 @@ def test_unknown_option(name):
         (
             "sparsevlm_rank",
             {"keep": (3, 2, 1)},
-            "decides by itself how many tokens to keep; use sparsevlm for keep lists",
+            "decides how many tokens to keep. Use sparsevlm for keep lists",
         ),
-        ("sparsevlm_rank", {"budget": 64}, "has no budget .got 64.: set lam, or scale and bias"),
+        ("sparsevlm_rank", {"budget": 64}, "has no budget .got 64.. Use lam, or scale and bias"),
         ("sparsevlm_rank", {"lam": 1.5}, "lam 1.5 is a share between 0 and 1"),
         ("sparsevlm_plus", {"heads": 0}, "heads 0 is neither a share in .0, 1. nor a whole number of heads"),
         ("sparsevlm_plus", {"heads": 2.5}, "heads 2.5 is neither a share"),
         ("sparsevlm_plus", {"heads": -1}, "heads -1 is neither a share"),
-        ("sparsevlm_plus", {"kernel_floor": 0.0}, "kernel_floor 0.0 must be positive"),
+        ("sparsevlm_plus", {"kernel_floor": 0.0}, "kernel_floor 0.0 is not positive"),
     ],
 )
 def test_options_outside_their_range(name, options, message):
@@ -73,7 +73,7 @@ def test_options_outside_their_range(name, options, message):
 
 
 def test_more_priority_heads_than_the_model_has():
-    with pytest.raises(ValueError, match="heads 14 is above the model's 4 attention heads; give a share instead"):
+    with pytest.raises(ValueError, match="heads 14 is above the model's 4 attention heads. Use a share instead"):
         with sparsevlm.build("sparsevlm_plus", heads=14)(llava()):
             pass
     with sparsevlm.build("sparsevlm_plus", heads=4)(llava()):
