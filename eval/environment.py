@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import sparsevlm
+from sparsevlm.cost.machine import cpu_model
 
 _ROOT = Path(__file__).resolve().parents[1]
 _CODE = ("sparsevlm", "eval", "configs", "scripts")  # folders whose changes make a commit an incomplete description
@@ -37,20 +39,12 @@ def hardware() -> dict:
     """CPU model, logical cores, threads torch uses, GPUs (None without) and operating system."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": gpus or None,
         "os": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def git() -> dict | None:
@@ -61,6 +55,13 @@ def git() -> dict | None:
         return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--", *_CODE))}
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+@cache
+def git_at_start() -> dict | None:
+    """Return what :func:`git` said the first time this process asked: Python runs the files that it read at its start,
+    whatever is committed or edited later."""
+    return git()
 
 
 def _git(*arguments: str) -> str:

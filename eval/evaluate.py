@@ -265,9 +265,9 @@ def _score(job: Job, loaded: Loaded, tasks: dict[str, _Questions], requests: Seq
         raise IncompleteRun(f"{len(requests)} questions were to be scored, {len(samples) - answers.count(None)} were")
     metrics = loaded.aggregate(evaluated, samples)
     names = [name.split(",")[0] for name in metrics]
-    contents = files(
-        run, samples, metrics, answers, excluded, command, loaded.about(names), loaded.not_scored(names, job.not_judged)
-    )
+    not_scored = loaded.not_scored(names, job.not_judged)
+    git = job.folder.git()
+    contents = files(run, samples, metrics, answers, excluded, command, loaded.about(names), not_scored, git)
     contents |= loaded.files(samples)
     job.folder.publish(contents, keep_answers=bool(loaded.task.judge))
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from eval.errors import UserError
 from eval.ledger import ledger_files
-from eval.results import LEDGER, RunFolder
+from eval.results import LEDGER, STARTED, RunFolder
 from eval.settings import Run
 from eval.tasks import TASKS
 
@@ -45,14 +46,19 @@ def _adopt(folder: RunFolder, run: Run) -> None:
         if other.metrics()["benchmark"]["judge"].get("url") is None:
             _reopen(other, folder)
             return
-        folder.partial.mkdir(parents=True, exist_ok=True)
-        for path in ledger_files(other.path / LEDGER):
-            shutil.copy(path, folder.partial)
+        _copy_answers(other.path, folder)
         return
     unjudged = RunFolder(run.results_dir, run.run_id(judged=False))
-    for path in ledger_files(unjudged.ledger) if unjudged.path != folder.path else ():
-        folder.partial.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder.partial)
+    if unjudged.path != folder.path and ledger_files(unjudged.ledger):
+        _copy_answers(unjudged.partial, folder)
+
+
+def _copy_answers(other: Path, folder: RunFolder) -> None:
+    """Copy the answers of another run, and what is known of the code that gave them."""
+    folder.partial.mkdir(parents=True, exist_ok=True)
+    for path in (*ledger_files(other / LEDGER), other / STARTED):
+        if path.is_file():
+            shutil.copy(path, folder.partial)
 
 
 def _reopen(finished: RunFolder, unfinished: RunFolder) -> None:

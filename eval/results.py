@@ -4,6 +4,7 @@ config.yaml    the run's configuration, defaults filled in
 metrics.json   what came out (schema 1, below)
 judge.jsonl    only where a language model judged: its replies, by the hash of what it was asked
 ledger.jsonl   only of tasks that are judged: the answers, so that another judge, or a later one, need not ask again
+started.jsonl  beside ledger.jsonl: the commits that gave the answers, one line per process that worked on the run
 excluded.jsonl only with on_error=record, if a question could not be answered: doc_id, question, error; one per line
 submission.json only of test splits whose answers a server keeps: the file that it takes
 samples.jsonl  one line per question: doc_id, question, question_type, target, answer, scores {metric: number},
@@ -20,6 +21,9 @@ benchmark (lmms_tasks, the metric of the papers' tables with its scale and who c
 time, cost (GMACs of one question of median length; null with a note where the method cannot be counted), seed,
 versions, hardware, git, date.
 
+git {commit, dirty} is read when a run starts. dirty: the commit alone does not say which code made the run, because
+files were changed, or because the run was interrupted and resumed at another commit.
+
 A folder appears complete or not at all: until then everything is in the hidden folder `.<name>.partial` beside it, with
 the ledger from which an interrupted run goes on.
 """
@@ -31,7 +35,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from numbers import Number
@@ -50,6 +54,7 @@ from eval.stats import bootstrap_ci
 SCHEMA = 1
 _NEEDED_BYTES = 64 << 20
 LEDGER = "ledger.jsonl"
+STARTED = "started.jsonl"
 
 
 class RunFolder:
@@ -86,6 +91,19 @@ class RunFolder:
         lines = [line for path in ledger_files(self.ledger) for line in path.read_bytes().splitlines(keepends=True)]
         return sum(line.endswith(b"\n") and b'"error": ' not in line for line in lines)
 
+    def git(self) -> dict | None:
+        """Commit and state of the code that worked on an unfinished run, as metrics.json has it.
+
+        Every process that opened the folder noted what it started with. The commit is the last one's; "dirty" is true
+        if any of them had changes, or if they started at different commits. None outside a checkout.
+        """
+        lines = (self.partial / STARTED).read_text(encoding="utf-8").splitlines()
+        started = [json.loads(line) for line in lines]
+        if started[-1] is None:
+            return None
+        mixed = any(one is None or one["dirty"] or one["commit"] != started[-1]["commit"] for one in started)
+        return {**started[-1], "dirty": mixed}
+
     def excluded(self) -> int:
         """How many questions a finished run leaves out."""
         return self.metrics().get("excluded", 0)
@@ -107,6 +125,8 @@ class RunFolder:
             self.partial.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.partial), tempfile.TemporaryFile(dir=runs):
                 free = shutil.disk_usage(self.partial).free
+            with open(self.partial / STARTED, "a", encoding="utf-8") as file:
+                file.write(json.dumps(environment.git_at_start()) + "\n")
         except OSError as error:
             reason = error.strerror or one_line(error)
             raise UserError(f"cannot write results to {runs}: {reason}; set results_dir to a folder you own") from error
@@ -121,8 +141,31 @@ class RunFolder:
                 file.flush()
                 os.fsync(file.fileno())
         os.rename(self.partial, self.path)  # fails if a folder came there meanwhile: nothing is overwritten
-        for path in () if keep_answers else ledger_files(self.path / LEDGER):
-            path.unlink()
+        for path in () if keep_answers else (*ledger_files(self.path / LEDGER), self.path / STARTED):
+            path.unlink(missing_ok=True)
+
+
+def run_files(
+    config: Mapping, metrics: Mapping, samples: Iterable[Mapping], command: str, git: Mapping | None
+) -> dict[str, str]:
+    """Return the four files that every run folder has, of whatever kind.
+
+    Args:
+        config: for config.yaml.
+        metrics: for metrics.json; schema, versions, hardware, git and date are added.
+        samples: the lines of samples.jsonl.
+        command: how the run was started.
+        git: code that made it, see :meth:`RunFolder.git`.
+    """
+    about = {"versions": environment.versions(), "hardware": environment.hardware(), "git": git}
+    about["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    plain = json.loads(json.dumps(config))  # tuples -> lists
+    return {
+        "config.yaml": yaml.safe_dump(plain, sort_keys=False),
+        "samples.jsonl": "".join(map(_line, samples)),
+        "env.json": _json({"command": command, **about, "packages": environment.packages()}),
+        "metrics.json": _json({"schema": SCHEMA, **metrics, **about}),
+    }
 
 
 def files(
@@ -134,8 +177,9 @@ def files(
     command: str,
     benchmark: Mapping | None = None,
     not_scored: Mapping[str, str] | None = None,
+    git: Mapping | None = None,
 ) -> dict[str, str]:
-    """The contents of a run folder.
+    """Return the files of an accuracy run.
 
     Args:
         samples: lmms-eval's sample records, one per question.
@@ -144,14 +188,12 @@ def files(
         excluded: questions that could not be answered.
         benchmark: what was asked, see `eval.tasks.loading.Loaded.about`.
         not_scored: metrics that are missing -> why.
+        git: code that made it, see :meth:`RunFolder.git`.
     """
     types = {str(s["doc"].get("question_type")) for s in samples}
     found = {_typed(k, types): _summary(k, value, samples) for k, value in _metrics(aggregated).items()}
-    about = {"versions": environment.versions(), "hardware": environment.hardware(), "git": environment.git()}
-    about["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     seconds = sum(a.seconds for a in answers)
     metrics = {
-        "schema": SCHEMA,
         "task": run.task.name,
         "model": run.model.name,
         "method": run.method.name,
@@ -175,16 +217,12 @@ def files(
         },
         "cost": cost(run, answers),
         "seed": run.task.seed,
-        **about,
     }
     lines = [_sample_line(s, a, found) for s, a in zip(samples, answers, strict=True)]
     left_out = [{"doc_id": f.doc_id, "question": f.prompt, "error": f.error} for f in excluded]
     return {
         **({"excluded.jsonl": "".join(map(_line, left_out))} if left_out else {}),
-        "config.yaml": yaml.safe_dump(_configuration(run), sort_keys=False),
-        "samples.jsonl": "".join(lines),
-        "env.json": _json({"command": command, **about, "packages": environment.packages()}),
-        "metrics.json": _json(metrics),
+        **run_files(_configuration(run), metrics, lines, command, git),
     }
 
 
@@ -236,7 +274,7 @@ def _typed(name: str, question_types: set[str]) -> str:
     return f"{metric}/{kind}" if kind in question_types else name
 
 
-def _sample_line(sample: Mapping, answer: Answer, metrics: Mapping) -> str:
+def _sample_line(sample: Mapping, answer: Answer, metrics: Mapping) -> dict:
     line = {
         "doc_id": sample["doc_id"],
         "question": answer.prompt,
@@ -246,7 +284,7 @@ def _sample_line(sample: Mapping, answer: Answer, metrics: Mapping) -> str:
         "scores": {m: sample[m] for m in metrics if isinstance(sample.get(m), Number)},
     }
     rest = ("input_tokens", "output_tokens", "visual", "entering", "leaving", "seconds")
-    return _line({**line, **{k: getattr(answer, k) for k in rest}})
+    return {**line, **{k: getattr(answer, k) for k in rest}}
 
 
 def _line(content: Mapping) -> str:
@@ -255,10 +293,9 @@ def _line(content: Mapping) -> str:
 
 def _configuration(run: Run) -> dict:
     """In the shape of configs/config.yaml, so that every key can be given on the command line again."""
-    plain = json.loads(json.dumps(run.options))  # tuples -> lists
     return {
         "model": asdict(run.model),
-        "method": {"name": run.method.name, **plain},
+        "method": {"name": run.method.name, **run.options},
         "budget": None if run.budget == "explicit" else run.budget,
         "task": run.task.plain(),
         "limit": run.limit,

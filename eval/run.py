@@ -104,7 +104,7 @@ def _do(jobs: Sequence[tuple[list[Run], dict | None]], command: str) -> int:
     """Do the runs of all jobs, and then what is to be timed if nothing failed."""
     status = run_series([run for runs, _ in jobs for run in runs], command)
     to_time = [(runs, latency) for runs, latency in jobs if latency and status == 0 and is_first()]
-    timed = [time_runs(runs, **latency) for runs, latency in to_time]
+    timed = [time_runs(runs, command=command, **latency) for runs, latency in to_time]
     return worst([status, *timed])
 
 

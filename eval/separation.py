@@ -132,6 +132,7 @@ def run(model, processor, todo: list[Setting], folder: Path, identity: dict, siz
     """Runs what is not there yet; `folder` then holds one file per setting."""
     folder.mkdir(parents=True, exist_ok=True)
     data: list[Batch] | None = None
+    git = environment.git_at_start()
     started = time.monotonic()
     for number, setting in enumerate(todo, 1):
         content = identity | {"setting": asdict(setting)}
@@ -152,7 +153,7 @@ def run(model, processor, todo: list[Setting], folder: Path, identity: dict, siz
             "seconds": round(time.monotonic() - begun, 1),
             "versions": environment.versions(),
             "hardware": environment.hardware(),
-            "git": environment.git(),
+            "git": git,
             "date": time.strftime("%Y-%m-%d"),
         }
         draft = path.with_suffix(".tmp")

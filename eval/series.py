@@ -6,12 +6,12 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import yaml
 from tqdm import tqdm
 
 from eval.against import compare
+from eval.environment import git_at_start
 from eval.errors import EXCLUDED, NOT_JUDGED, UserError, report, worst
 from eval.kept import judged_elsewhere
 from eval.processes import Processes, ProcessGone
@@ -22,7 +22,6 @@ from eval.tasks import TASKS
 from eval.tasks.base import EXACT_MATCH
 
 SAMPLED_FROM, SAMPLED_BATCHES = 2000, 4  # answers of a task for which it is worth while, and batches
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_series(runs: Sequence[Run], command: str) -> int:
@@ -36,6 +35,7 @@ def run_series(runs: Sequence[Run], command: str) -> int:
     Returns:
         The exit status: 0 if all have a finished folder now, with all questions in it.
     """
+    git_at_start()
     processes = Processes()
     try:
         return _Series(processes, command).do(runs)
@@ -186,29 +186,32 @@ class _Series:
         return report(error, what)
 
 
-def time_runs(runs: Sequence[Run], repeats: int, warmup: int) -> int:
-    """Measure the latency of the settings of all runs with scripts/profile.py, at their median prompt length.
+def time_runs(runs: Sequence[Run], repeats: int, warmup: int, command: str) -> int:
+    """Measure the latency of the settings of all runs, at their median prompt length.
+
+    Args:
+        runs: finished, of one model.
+        repeats, warmup: timed rounds, and those before them.
+        command: how the runs were started, for env.json.
 
     Returns:
         The exit status; 0 also if it had been measured on this machine before.
     """
-    if str(_ROOT) not in sys.path:
-        sys.path.append(str(_ROOT))  # scripts/ is no installed package
-    from scripts.profile import main
+    from eval.measure.latency import time_settings
 
-    first = runs[0]
-    lengths = [
-        json.loads((RunFolder(run.results_dir, run.run_id()).path / "metrics.json").read_text())["cost"]["text_tokens"]
-        for run in runs
-    ]
-    arguments = ["--model", first.model.name, "--results", str(first.results_dir)]
-    arguments += ["--text-tokens", str(statistics.median_low(lengths)), "--repeats", str(repeats)]
-    arguments += ["--warmup", str(warmup), "--device", first.model.device, "--dtype", first.model.dtype]
-    settings = [":".join([r.method.name, str(r.budget), *(f"{k}={json.dumps(v)}" for k, v in r.changed)]) for r in runs]
+    first = runs[0].model
+    lengths = [RunFolder(run.results_dir, run.run_id()).metrics()["cost"]["text_tokens"] for run in runs]
+    settings = [(r.method.name, None if r.budget == "explicit" else r.budget, dict(r.changed)) for r in runs]
     try:
-        main([*settings, *arguments])
-    except SystemExit as stopped:  # it has said why
-        return int(stopped.code or 0)
+        found = time_settings(
+            runs[0].results_dir, first.name, first.pretrained, settings, statistics.median_low(lengths), command,
+            repeats=repeats, warmup=warmup, device=first.device, dtype=first.dtype,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        return report(UserError(f"latency: {error}"))
+    except UserError as error:
+        return report(error, "latency: ")
+    print(found)
     return 0
 
 

@@ -12,10 +12,10 @@ from dataclasses import fields
 import numpy as np
 import pandas as pd
 
+from eval.reader import Group, Run, label, plain
 from scripts.benchmarks import GQA, POPE, TEXTVQA, limited, paper_runs, value
 from scripts.published import look_up
-from scripts.runs import Group, Run
-from scripts.summary import difference, embedded, kept_apart, label, metric_of, plain, shown
+from scripts.summary import difference, embedded, kept_apart, metric_of, shown
 from scripts.tables import FLAGGED, NOT_RUN, NOTHING, Part, Table, cell
 from sparsevlm.methods import method_class
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from scripts.runs import ROWS_ONLY, BadRun, Run
-from scripts.summary import label
+from eval.reader import ROWS_ONLY, BadRun, Run, label
 
 # experiment=llava_1_5_7b_paper, experiment=video_llava_7b_paper
 PAPER_SETTINGS = {

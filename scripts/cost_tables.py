@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from eval.reader import FLOPS, LATENCY, BadRun, Run, label
 from scripts.ablations import published_part
 from scripts.paper_tables import EDITIONS, paper_table
 from scripts.published import look_up
-from scripts.runs import FLOPS, LATENCY, BadRun, Run
-from scripts.summary import Summary, embedded, kept_apart, label, place, shown
+from scripts.summary import Summary, embedded, kept_apart, place, shown
 from scripts.tables import NOT_RUN, Cell, Part, Table, cell, text_of
 
 MODEL = "llava_1_5_7b"
 TEXT_TOKENS = 118  # the authors' formula gives the paper's column at this length
-_COUNT = "`.venv/bin/python scripts/count_flops.py`"
+_COUNT = "`.venv/bin/python -m eval.measure.flops`"
 _TIME = (
-    f"`.venv/bin/python scripts/profile.py none:full sparsevlm:192 sparsevlm:128 sparsevlm:64 --model {MODEL} "
+    f"`.venv/bin/python -m eval.measure.latency none:full sparsevlm:192 sparsevlm:128 sparsevlm:64 --model {MODEL} "
     f"--text-tokens {TEXT_TOKENS} --dtype float16`"
 )
 
@@ -109,7 +109,7 @@ def efficiency_table(summary: Summary) -> Table:
         "the peak of the prefill; median times of image encoding (tower and projector), prefill (language model, and "
         "what the method computes itself, wherever it does) and one decoded token; GFLOPs (2 per multiply-add) of the "
         f"prefill. {NOT_RUN}: not measured; {where}. "
-        "`python scripts/profile.py` measures them."
+        "`python -m eval.measure.latency` measures them."
     )
     columns = ["method", "budget", "entering", "leaving", f"{shown(summary.metric)}{unit}", "retained %", "KV cache MB",
                "peak MB", "image ms", "prefill ms", "decode ms/token", "prefill GFLOPs"]  # fmt: skip
@@ -144,6 +144,22 @@ def latency_table(run: Run) -> Table:
                "image encoding ms", "decode ms/token"]  # fmt: skip
     caption = f"Latency of the model {run.model}: {timing(run)}. {embedded(run.model)}".strip()
     return Table(run.folder.name, f"Latency: {run.model}", caption, columns, rows, 1)
+
+
+def half_precision_table(run: Run) -> Table:
+    """One measurement of how many kept tokens half precision shares with float32."""
+    rows: dict[tuple, dict[str, str]] = {}
+    for row in run.metrics["rows"]:
+        stage = tuple(str(row[key]) for key in ("model", "method", "budget", "layer"))
+        rows.setdefault(stage, {})[row["dtype"]] = f"{100 * row['mean']:.1f} ({100 * row['smallest']:.1f})"
+    dtypes = sorted({row["dtype"] for row in run.metrics["rows"]})
+    caption = (
+        "Share of the visual tokens kept in float32 that half precision keeps, too, in %: mean over prompts "
+        f"(smallest). By `python -m eval.measure.half_precision`, from `{run.folder.name}`."
+    )
+    texts = [(*stage, *(found[dtype] for dtype in dtypes)) for stage, found in rows.items()]
+    cells = [[cell(text, run.folder.name) for text in row] for row in texts]
+    return Table(run.folder.name, "Half precision", caption, ["model", "method", "budget", "layer", *dtypes], cells, 4)
 
 
 def timing(run: Run) -> str:

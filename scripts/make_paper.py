@@ -22,12 +22,12 @@ import sparsevlm  # isort: skip  - before transformers: it makes torchvision imp
 from PIL import Image
 from tqdm import tqdm
 
+from eval.reader import BadRun, read_runs, unfinished
 from eval.tasks.minivqa.dataset import rows as questions
 from scripts import plot_ablations, plot_accuracy, plot_latency, plot_layers, style
 from scripts.draw_kept import draw_kept, rated_words, seen_pixels
 from scripts.make_tables import build_tables
 from scripts.report import write_report
-from scripts.runs import BadRun, read_runs, unfinished
 from scripts.tables import write
 
 REFERENCE = Path("reference")

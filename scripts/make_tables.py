@@ -6,7 +6,8 @@
 
 Writes to `<results>/tables/`: the paper's tables, with "not run" where nobody ran it; per task, model and set of
 questions one table of accuracy and cost, one of efficiency, one that shows what separates the methods, and one per
-ablation; one per latency run. A run folder that is broken ends the script with its name.
+ablation; one per latency run and per measurement of half precision. A run folder that is broken ends the script with
+its name.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ if not __package__:  # started as a file: import from the repository's root, not
 
 import pandas as pd
 
+from eval.reader import HALF_PRECISION, LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
 from scripts.ablations import ablation_tables, interval
-from scripts.cost_tables import efficiency_paper, efficiency_table, latency_table, number, timing
+from scripts.cost_tables import (
+    efficiency_paper,
+    efficiency_table,
+    half_precision_table,
+    latency_table,
+    number,
+    timing,
+)
 from scripts.paper_tables import EDITIONS, paper_table
 from scripts.rank_ablation import rank_ablation
-from scripts.runs import LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
 from scripts.separation import separation_table
 from scripts.summary import MATCHED, Summary, embedded, kept_apart, shown, summarise
 from scripts.tables import NOT_JUDGED, NOT_RUN, NOTHING, Table, from_frame, write
@@ -63,7 +71,7 @@ def make_tables(results: Path, metric: str | None = None) -> list[Path]:
 
 
 def build_tables(runs: Sequence[Run], metric: str | None = None) -> list[Table]:
-    """All tables: the paper's first, then those of each group of runs, then the latency runs."""
+    """All tables: the paper's first, then those of each group of runs, then those of the measurements."""
     groups = accuracy_groups(runs)
     tables = [*(paper_table(edition, runs) for edition in EDITIONS), efficiency_paper(runs)]
     tables += ablation_tables(groups, runs, metric)
@@ -78,7 +86,8 @@ def build_tables(runs: Sequence[Run], metric: str | None = None) -> list[Table]:
         tables.append(from_frame(group.name, title, caption(summary), accuracy_table(summary), runs_of_rows))
         separation = separation_table(group, metric)
         tables += [efficiency_table(summary), *([] if separation is None else [separation])]
-    return tables + [latency_table(run) for run in runs if run.task == LATENCY]
+    tables += [latency_table(run) for run in runs if run.task == LATENCY]
+    return tables + [half_precision_table(run) for run in runs if run.task == HALF_PRECISION]
 
 
 def chosen(tables: Sequence[Table], only: str | None) -> list[Table]:

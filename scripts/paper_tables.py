@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from eval.reader import Run
 from scripts.benchmarks import (
     CONBENCH,
     GQA,
@@ -31,7 +32,6 @@ from scripts.benchmarks import (
     value,
 )
 from scripts.published import look_up
-from scripts.runs import Run
 from scripts.tables import FLAGGED, NOT_JUDGED, NOT_RUN, NOTHING, Cell, Part, Table, cell
 
 RERUN = ("RESTORE", "ICML 2026", "Table 1")

@@ -21,9 +21,9 @@ if not __package__:  # started as a file: import from the repository's root, not
 import pandas as pd
 from matplotlib.figure import Figure
 
+from eval.reader import BadRun, Group, Run, accuracy_groups, read_runs
 from scripts import style
 from scripts.ablations import OPTIONS, ablation
-from scripts.runs import BadRun, Group, Run, accuracy_groups, read_runs
 from scripts.separation import SIGNIFICANT
 from scripts.summary import UNPRUNED, metric_of, shown
 

@@ -23,8 +23,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from eval.reader import BadRun, Run, accuracy_groups, read_runs, unfinished
 from scripts import style
-from scripts.runs import BadRun, Run, accuracy_groups, read_runs, unfinished
 from scripts.summary import UNPRUNED, Summary, shown, summarise
 from sparsevlm.methods import method_class
 from sparsevlm.methods._blocks import BlockMethod

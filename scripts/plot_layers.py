@@ -1,4 +1,4 @@
-"""Rank of the raters' attention and kept visual tokens per layer, from the runs of `scripts/measure_layers.py`.
+"""Rank of the raters' attention and kept visual tokens per layer, from the runs of `python -m eval.measure.layers`.
 
     python scripts/plot_layers.py --results results
 
@@ -18,8 +18,8 @@ if not __package__:  # started as a file: import from the repository's root, not
 import pandas as pd
 from matplotlib.figure import Figure
 
+from eval.reader import LAYERS, BadRun, Run, read_runs
 from scripts import style
-from scripts.runs import LAYERS, BadRun, Run, read_runs
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from eval.reader import Group, Run, label
 from scripts.ablations import interval
-from scripts.runs import Group, Run
-from scripts.summary import difference, embedded, kept_apart, label, metric_of, shown
+from scripts.summary import difference, embedded, kept_apart, metric_of, shown
 from scripts.tables import NOT_RUN, Table, cell
 
 ADAPTIVE, FIXED = "sparsevlm_rank", "sparsevlm"

@@ -12,8 +12,7 @@ import yaml
 from markupsafe import Markup, escape
 from PIL import Image
 
-from scripts.runs import Run
-from scripts.summary import label
+from eval.reader import Run, label
 from scripts.tables import NOT_RUN, Table
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from eval.reader import Group, Run, label
 from eval.tasks.minivqa.utils import LANGUAGE_CONTROL, VISUAL
 from scripts.ablations import interval
-from scripts.runs import Group, Run
-from scripts.summary import MATCHED, UNPRUNED, difference, embedded, kept_apart, label, metric_of, place, shown
+from scripts.summary import MATCHED, UNPRUNED, difference, embedded, kept_apart, metric_of, place, shown
 from scripts.tables import NOT_RUN, NOTHING, Cell, Table, cell
 
 CONTROLS = ("random", MATCHED, "random_layer", "downsample")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import pandas as pd
 
+from eval.reader import LATENCY, Group, Run, label, of_language_control, setting_key
 from eval.stats import paired_difference
 from eval.tasks.minivqa.utils import LANGUAGE_CONTROL, VISUAL
-from scripts.runs import LATENCY, Group, Run, of_language_control, setting_key
-from sparsevlm.methods import method_class
 
 UNPRUNED = "none"
 MATCHED = "random_layer (match=sparsevlm)"  # random tokens at the layers and in the numbers of SparseVLM
@@ -69,26 +68,11 @@ def kept_apart(group: Group, metric: str) -> str:
     )
 
 
-def label(method: str, options: dict) -> str:
-    """Name of a method with those of its options that are not the defaults: "sparsevlm (raters=all)"."""
-    try:
-        defaults = {f.name: f.default for f in fields(method_class(method))}
-    except ValueError:  # a method of another version of this project
-        defaults = {}
-    changed = [f"{k}={plain(v)}" for k, v in options.items() if k not in defaults or v != defaults[k]]
-    return f"{method} ({', '.join(changed)})" if changed else method
-
-
-def plain(value) -> str:
-    """A value of an option as it is printed: lists with slashes."""
-    return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
 def summarise(group: Group, runs: Iterable[Run], metric: str | None = None) -> Summary:
     """Numbers of a group.
 
     Args:
-        group: from `runs.accuracy_groups`.
+        group: from `eval.reader.accuracy_groups`.
         runs: all runs; among them the latency run is chosen that covers most of the group's settings, of several the
             newest.
         metric: which metric; default: the visual accuracy, "accuracy", or else the first one.

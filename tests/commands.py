@@ -10,7 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/costs.md", "results/README.md")
-DOCSTRINGS = ("eval/run.py", "eval/__main__.py", "eval/processes.py", "eval/fetch.py")
+DOCSTRINGS = (
+    "eval/run.py", "eval/__main__.py", "eval/processes.py", "eval/fetch.py",
+    *(f"eval/measure/{name}.py" for name in ("flops", "half_precision", "latency", "layers", "sweep_cost")),
+)  # fmt: skip
 _STARTS = r"(?:\.venv/bin/)?python (?:-m |scripts/)|make (?!it|them|the |a |one)|accelerate-launch |pip install "
 
 

@@ -16,7 +16,7 @@ import sparsevlm
 def machine(device: torch.device) -> dict:
     """Processor, versions and commit, for the results measured on a device."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "os": f"{platform.system()} {platform.machine()}",
@@ -28,7 +28,8 @@ def machine(device: torch.device) -> dict:
     }
 
 
-def _cpu() -> str:
+def cpu_model() -> str:
+    """Return the processor's name, as the system has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -52,7 +52,7 @@ def test_killed_and_started_again(tmp_path, how):
     if how == signal.SIGTERM:
         assert "the same command goes on from there" in err and "Traceback" not in err
     (partial,) = (tmp_path / "results/runs").iterdir()
-    assert partial.name.startswith(".") and os.listdir(partial) == ["ledger.jsonl"]
+    assert partial.name.startswith(".") and set(os.listdir(partial)) == {"ledger.jsonl", "started.jsonl"}
     before = (partial / "ledger.jsonl").read_bytes()
 
     again = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)

@@ -1,12 +1,15 @@
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 
+from eval import environment, results
 from eval.errors import UserError
 from eval.ledger import Answer
-from eval.results import RunFolder, cost, files
+from eval.results import RunFolder, cost, files, run_files
 from eval.settings import make_run
 from sparsevlm.cost.flops import count
 from tests.eval.test_settings import compose
@@ -155,3 +158,74 @@ def test_what_cannot_be_counted_is_null_and_says_why(tmp_path):
     run = make_run(compose("method=sparsevlm_rank", f"results_dir={tmp_path}"))
     found = cost(run, [Answer("minivqa", 0, "q", "a", 586, 2, 576, 500.0, 480.0, 0.5)])
     assert found["text_tokens"] == 10 and found["prefill_gmacs"] is None and found["note"]
+
+
+class TestGit:
+    """Which code made a run, where the tree changes while it runs or between a run's two halves."""
+
+    COMMIT, OTHER = "a" * 40, "b" * 40
+
+    @pytest.fixture
+    def process(self, monkeypatch):
+        """Begin a process in a checkout at this commit."""
+
+        def begin(commit: str | None, dirty: bool = False) -> None:
+            tree = None if commit is None else {"commit": commit, "dirty": dirty}
+            monkeypatch.setattr(environment, "git", lambda: tree)
+            environment.git_at_start.cache_clear()
+            environment.git_at_start()
+
+        yield begin
+        environment.git_at_start.cache_clear()
+
+    def opened(self, path, *processes, process) -> RunFolder:
+        folder = folder_in(path)
+        for commit, dirty in processes:
+            process(commit, dirty)
+            folder.open()
+        return folder
+
+    @pytest.mark.parametrize(("at_start", "at_end"), [(True, False), (False, True)])
+    def test_it_is_read_when_a_run_starts(self, tmp_path, process, monkeypatch, at_start, at_end):
+        folder = self.opened(tmp_path, (self.COMMIT, at_start), process=process)
+        monkeypatch.setattr(environment, "git", lambda: {"commit": self.OTHER, "dirty": at_end})
+        found = run_files({}, {}, [], "x", folder.git())
+        for name in ("env.json", "metrics.json"):
+            assert json.loads(found[name])["git"] == {"commit": self.COMMIT, "dirty": at_start}
+
+    @pytest.mark.parametrize(
+        ("processes", "dirty"),
+        [
+            ([(COMMIT, False), (COMMIT, False)], False),
+            ([(COMMIT, True), (COMMIT, False)], True),
+            ([(COMMIT, False), (COMMIT, True)], True),
+            ([(OTHER, False), (COMMIT, False)], True),
+            ([(None, False), (COMMIT, False)], True),
+        ],
+    )
+    def test_a_resumed_run_is_clean_if_all_its_processes_were(self, tmp_path, process, processes, dirty):
+        folder = self.opened(tmp_path, *processes, process=process)
+        assert folder.git() == {"commit": self.COMMIT, "dirty": dirty}
+
+    def test_outside_a_checkout(self, tmp_path, process):
+        assert self.opened(tmp_path, (None, False), process=process).git() is None
+
+    def test_the_note_goes_with_the_answers(self, tmp_path, process):
+        for keep in (False, True):
+            folder = self.opened(tmp_path / str(keep), (self.COMMIT, False), process=process)
+            folder.publish({"metrics.json": "{}"}, keep_answers=keep)
+            assert (folder.path / "started.jsonl").is_file() == keep
+
+
+def test_every_measurement_goes_through_the_one_writer():
+    """No other module makes the block of versions, hardware and git of a run folder."""
+    root = Path(results.__file__).parents[1]
+    sources = [p for room in ("eval", "scripts", "sparsevlm") for p in (root / room).rglob("*.py")]
+    writers = {str(p.relative_to(root)) for p in sources if '"metrics.json":' in p.read_text(encoding="utf-8")}
+    assert writers == {"eval/results.py"}
+
+
+def test_nothing_in_eval_imports_scripts():
+    root = Path(results.__file__).parent
+    imports = re.compile(r"^\s*(from|import) scripts\b", re.MULTILINE)
+    assert [p.name for p in root.rglob("*.py") if imports.search(p.read_text(encoding="utf-8"))] == []

@@ -2,16 +2,17 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparsevlm  # noqa: F401  # isort: skip  - before transformers
 
 from transformers import LlavaForConditionalGeneration
 
 from eval import evaluate, run, series
+from eval.measure import latency
 from eval.run import main
 
 FAST = ["method=random", "budget=16", "limit=4", "batch_size=2"]
@@ -285,6 +286,7 @@ class TestExperiments:
         assert [r.label for r in seen["runs"]] == [
             "none budget=full",
             *(f"random budget={b}" for b in budgets),
+            *(f"random_layer match=sparsevlm budget={b}" for b in budgets),
             *(f"sparsevlm budget={b}" for b in budgets),
             *(f"sparsevlm raters=all budget={b}" for b in budgets),
         ]
@@ -306,17 +308,31 @@ class TestExperiments:
             folder = series.RunFolder(job.results_dir, job.run_id())
             folder.open()
             folder.publish({"metrics.json": json.dumps({"cost": {"text_tokens": text_tokens}})})
-        sys.path.append(str(run.CONFIGS.parent))
-        from scripts import profile
+        given = {}
 
-        given = []
-        monkeypatch.setattr(profile, "main", given.extend)
-        assert series.time_runs(runs, repeats=5, warmup=1) == 0
-        settings = [profile.parse_setting(text) for text in given[:10]]
-        assert settings[0] == ("none", "full", {}) and settings[-1] == ("sparsevlm", 64, {"raters": "all"})
-        options = dict(zip(given[10::2], given[11::2], strict=True))
-        assert options["--text-tokens"] == "4" and options["--model"] == "mini" and options["--repeats"] == "5"
-        assert options["--results"] == "results"
+        def measure(net, settings, text_tokens, batch_size, repeats, warmup, decode_tokens, progress):
+            given.update(settings=settings, text_tokens=text_tokens, rounds=(repeats, warmup), dtype=net.dtype)
+            return []
+
+        monkeypatch.setattr(latency, "measure", measure)
+        assert series.time_runs(runs, repeats=5, warmup=1, command="python -m eval.run x") == 0
+        assert given["settings"][0] == ("none", "full", {}) and given["settings"][-1] == (
+            "sparsevlm", 64, {"raters": "all"},
+        )  # fmt: skip
+        assert len(given["settings"]) == 13
+        assert given["text_tokens"] == 6 and given["rounds"] == (5, 1) and given["dtype"] == torch.float32
+        (folder,) = Path("results/runs").glob("latency__mini__*")
+        assert json.loads((folder / "env.json").read_text())["command"] == "python -m eval.run x"
+
+    def test_what_cannot_be_timed_is_one_line(self, monkeypatch, capsys):
+        runs = self.listed(monkeypatch, "limit=3")["runs"][:1]
+        folder = series.RunFolder(runs[0].results_dir, runs[0].run_id())
+        folder.open()
+        folder.publish({"metrics.json": json.dumps({"cost": {"text_tokens": 4}})})
+        monkeypatch.setattr(latency, "measure", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr(latency, "fingerprint", lambda *a: (_ for _ in ()).throw(ValueError("not so")))
+        assert series.time_runs(runs, repeats=1, warmup=0, command="") == 2
+        assert capsys.readouterr().err == "error: latency: not so\n"
 
 
 def test_checkpoint_in_the_hubs_layout_from_config_to_score(tiny_llava_folder):

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 import sparsevlm
+from eval.reader import accuracy_groups, read_runs
 from eval.stats import bootstrap_ci
 from scripts.ablations import ablation, ablation_tables, recycling_paper
 from scripts.cost_tables import efficiency_paper, efficiency_table
 from scripts.make_tables import build_tables
 from scripts.rank_ablation import rank_ablation
-from scripts.runs import accuracy_groups, read_runs
 from scripts.separation import separation_table
 from scripts.summary import summarise
 from tests.scripts import folders

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from eval.reader import accuracy_groups, read_runs
 from eval.stats import bootstrap_ci
 from eval.tasks.minivqa.utils import LANGUAGE_CONTROL, VISUAL, process_results
 from scripts.make_tables import accuracy_table, caption
-from scripts.runs import accuracy_groups, read_runs
 from scripts.separation import separation_table
 from scripts.summary import summarise
 from tests.scripts import folders

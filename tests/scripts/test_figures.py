@@ -9,9 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from scripts import measure_layers, plot_ablations, plot_accuracy, plot_layers, style
+from eval.measure import layers as measure_layers
+from eval.reader import accuracy_groups, read_runs
+from scripts import plot_ablations, plot_accuracy, plot_layers, style
 from scripts.ablations import ablation
-from scripts.runs import accuracy_groups, read_runs
 from scripts.summary import summarise
 from tests import tiny
 from tests.scripts import folders

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from eval.reader import BadRun, read_runs
 from scripts import make_tables, tables
 from scripts.benchmarks import PAPER_TASKS
 from scripts.paper_tables import EDITIONS, paper_table
 from scripts.published import look_up
-from scripts.runs import BadRun, read_runs
 from tests.scripts import folders
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from eval.reader import BadRun, read_runs
 from scripts import make_paper
 from scripts.make_tables import build_tables
 from scripts.plot_accuracy import plot_runs
 from scripts.report import write_report
-from scripts.runs import BadRun, read_runs
 from tests.scripts import folders
 
 # What a user would do, as a script at the page's end; what it finds is read out of the page afterwards.

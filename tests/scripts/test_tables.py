@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
+from eval.reader import BadRun, accuracy_groups, label, read_runs
 from eval.stats import bootstrap_ci
 from scripts import make_tables, tables
-from scripts.runs import BadRun, accuracy_groups, read_runs
-from scripts.summary import label, summarise
+from scripts.summary import summarise
 from tests.scripts import folders
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,10 +16,10 @@ from eval import evaluate
 from eval import judge as judging
 from eval import run as command_line
 from eval import tasks as tasks_module
+from eval.reader import read_runs
 from eval.run import main
 from eval.tasks import TASKS
 from scripts.make_tables import build_tables
-from scripts.runs import read_runs
 from tests import hub_layout
 from tests.eval.benchmarks import hub_cache, judge_server
 from tests.eval.benchmarks.judge_server import VERSION

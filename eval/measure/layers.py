@@ -1,6 +1,6 @@
 """Per layer: the rank of the raters' attention, and how many visual tokens are left; kept as a run folder.
 
-    python scripts/measure_layers.py --results results
+    python -m eval.measure.layers --results results
 
 On questions of `minivqa` with the model `mini`. The rank (what the paper's adaptive rule asks for) is taken at every
 layer of the unpruned model, once with the paper's raters and once with all text tokens. Writes
@@ -10,32 +10,20 @@ layer of the unpruned model, once with the paper's raters and once with all text
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import json
-import shlex
-import sys
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
-
-if not __package__:  # started as a file: this folder must go anyway, a `profile` in it hides Python's own
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import sparsevlm  # isort: skip  - before transformers: it makes torchvision importable beside a CPU-only torch
 
 import torch
-import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from eval import environment
-from eval.errors import UserError, one_line
-from eval.results import RunFolder
+from eval.measure.once import Measured, command_of, measure_once, print_result, said
+from eval.reader import LAYERS, label
 from eval.settings import fingerprint
 from eval.tasks.minivqa.dataset import rows as questions
-from scripts.runs import LAYERS, SCHEMA
-from scripts.summary import label
 from sparsevlm.methods.sparsevlm_rank import SparseVLMRank
 from sparsevlm.models.checkpoint import find_checkpoint
 
@@ -46,16 +34,20 @@ SETTINGS = (
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ranks(SparseVLMRank):
-    """Takes the rank where it is told to and drops nothing."""
+    """SparseVLM's rank rule that drops nothing and notes what it would have decided by.
+
+    Attributes:
+        seen: (layer, rank, raters) of each decision.
+    """
 
     lam: float = 0.0
-    seen: list[tuple[int, int, int]] = field(default_factory=list)  # layer, rank, raters
+    seen: list[tuple[int, int, int]] = field(default_factory=list, compare=False)
 
     def keep_counts(self, stage) -> list[int]:
         raters = int((stage.prefill.weights[0] > 0).sum())
-        self.seen.append((stage.layer, self._ranks[0], raters))
+        self.seen.append((stage.layer, stage.prefill.scratch["ranks"][0], raters))
         return super().keep_counts(stage)
 
 
@@ -65,38 +57,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
     parser.add_argument("--questions", type=int, default=32, help="the first of minivqa")
     args = parser.parse_args(argv)
-    command = shlex.join(["python", "scripts/measure_layers.py", *(sys.argv[1:] if argv is None else argv)])
-    try:
-        print(measure_once(args.results, args.questions, command))
-    except (UserError, ValueError, OSError) as error:
-        print(f"measure_layers: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    command = command_of("layers", argv)
+    print_result("layers", lambda: measure_layers(args.results, args.questions, command))
 
 
-def measure_once(results: Path, n: int, command: str) -> str:
-    """Measure unless that was done, and return the folder.
+def measure_layers(results: Path, n: int, command: str) -> str:
+    """Measure on the first `n` questions unless that was done, and return where the run folder is.
 
     Raises:
         UserError, OSError: the folder cannot be written.
     """
     config = {"model": {"name": "mini", "pretrained": "mini", "weights": fingerprint(find_checkpoint("mini"))}}
     config |= {"questions": n, "raters": list(RATERS), "settings": [list(s) for s in SETTINGS]}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-    folder = RunFolder(results, f"{LAYERS}__mini__{digest}")
-    if folder.finished:
-        return f"already there: {folder.path}"
-    folder.open()
-    samples = measure(n)
-    about = {"versions": environment.versions(), "hardware": environment.hardware(), "git": environment.git()}
-    about["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    metrics = {"schema": SCHEMA, "task": LAYERS, "model": "mini", "config_hash": digest, "n": n}
-    folder.publish({
-        "config.yaml": yaml.safe_dump(config, sort_keys=False),
-        "samples.jsonl": "".join(json.dumps(row) + "\n" for row in samples),
-        "env.json": json.dumps({"command": command, **about, "packages": environment.packages()}, indent=2) + "\n",
-        "metrics.json": json.dumps({**metrics, "rows": summarise_rows(samples), **about}, indent=2) + "\n",
-    })  # fmt: skip
-    return str(folder.path)
+
+    def measured() -> Measured:
+        samples = measure(n)
+        return Measured(summarise_rows(samples), samples, n)
+
+    return said(*measure_once(results, LAYERS, f"{LAYERS}__mini", config, command, measured))
 
 
 def measure(n: int) -> list[dict]:

@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 from eval.errors import UserError
-from scripts import make_tables, profile
-from scripts.profile import parse_setting
-from scripts.runs import read_run, read_runs
+from eval.measure import latency
+from eval.measure.latency import parse_setting
+from eval.reader import read_run, read_runs
+from eval.results import RunFolder
+from scripts import make_tables
 from tests.scripts import folders
 
 QUICK = ["--repeats", "2", "--warmup", "0", "--decode-tokens", "1", "--device", "cpu"]
@@ -22,7 +24,7 @@ def results(tmp_path_factory):
     folders.accuracy_run(results)
     folders.accuracy_run(results, "sparsevlm", 64, raters="all")
     folders.accuracy_run(results, "sparsevlm", None, layers=(1,), keep=(50,))
-    profile.main(["--results", str(results), *QUICK])
+    latency.main(["--results", str(results), *QUICK])
     return results
 
 
@@ -61,13 +63,13 @@ def test_the_folder_holds_settings_machine_and_rounds(results):
     for i, row in enumerate(metrics["rows"]):
         own = [line["prefill_ms"] for line in lines[2 * i : 2 * i + 2]]
         assert row["prefill_ms"]["median"] == pytest.approx(np.median(own))
-    assert "python scripts/profile.py" in json.loads((folder / "env.json").read_text())["command"]
+    assert "python -m eval.measure.latency" in json.loads((folder / "env.json").read_text())["command"]
 
 
 def test_the_same_command_measures_nothing_again(results, capsys, monkeypatch):
-    monkeypatch.setattr(profile, "measure", lambda *a, **k: pytest.fail("measured again"))
+    monkeypatch.setattr(latency, "measure", lambda *a, **k: pytest.fail("measured again"))
     before = (latency_folder(results) / "metrics.json").read_bytes()
-    profile.main(["--results", str(results), *QUICK])
+    latency.main(["--results", str(results), *QUICK])
     assert f"already there: {latency_folder(results)}" in capsys.readouterr().out
     assert (latency_folder(results) / "metrics.json").read_bytes() == before
 
@@ -78,15 +80,15 @@ def test_other_settings_or_another_machine_have_another_folder(results, monkeypa
     def stop(*args, **kwargs):
         raise UserError("stop")
 
-    monkeypatch.setattr(profile, "measure", stop)
-    monkeypatch.setattr(profile.RunFolder, "open", lambda self: made.append(self.path.name))
-    monkeypatch.setattr(profile.sparsevlm, "load", stop)
+    monkeypatch.setattr(latency, "measure", stop)
+    monkeypatch.setattr(RunFolder, "open", lambda self: made.append(self.path.name))
+    monkeypatch.setattr(latency.sparsevlm, "load", stop)
     for extra in (["--batch-size", "2"], ["none:full"], ["--text-tokens", "12"]):
         with pytest.raises(SystemExit):
-            profile.main(["--results", str(results), *QUICK, *extra])
-    monkeypatch.setattr(profile.environment, "hardware", lambda: {"cpu": "another"})
+            latency.main(["--results", str(results), *QUICK, *extra])
+    monkeypatch.setattr(latency.environment, "hardware", lambda: {"cpu": "another"})
     with pytest.raises(SystemExit):
-        profile.main(["--results", str(results), *QUICK])
+        latency.main(["--results", str(results), *QUICK])
     assert len({*made, latency_folder(results).name}) == 5
 
 
@@ -94,9 +96,9 @@ def test_a_failed_measurement_leaves_no_run(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("no")
 
-    monkeypatch.setattr(profile, "measure", fail)
+    monkeypatch.setattr(latency, "measure", fail)
     with pytest.raises(SystemExit):
-        profile.main(["none:full", "--text-tokens", "12", "--results", str(tmp_path), *QUICK])
+        latency.main(["none:full", "--text-tokens", "12", "--results", str(tmp_path), *QUICK])
     assert not list((tmp_path / "runs").glob("[!.]*"))
 
 
@@ -120,12 +122,12 @@ def test_settings_are_parsed_as_yaml():
 )
 def test_wrong_settings_are_one_line(setting, message, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        profile.main([setting, "--text-tokens", "12", "--results", str(tmp_path)])
+        latency.main([setting, "--text-tokens", "12", "--results", str(tmp_path)])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_nothing_to_go_by_is_said(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        profile.main(["--results", str(tmp_path)])
+        latency.main(["--results", str(tmp_path)])
     assert "no runs of the model mini" in capsys.readouterr().err

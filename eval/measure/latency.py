@@ -1,7 +1,7 @@
 """Time prefill and decode of several settings in one process and keep the result as a run folder.
 
-    python scripts/profile.py --results results                         # what was run on `mini`, at its prompt length
-    python scripts/profile.py none:full sparsevlm:192 sparsevlm:64:raters=all --text-tokens 60 --batch-size 4
+    python -m eval.measure.latency --results results                    # what was run on `mini`, at its prompt length
+    python -m eval.measure.latency none:full sparsevlm:192 sparsevlm:64:raters=all --text-tokens 60 --batch-size 4
 
 Writes `<results>/runs/latency__<model>__<config hash>/`. The hash covers the machine, so each machine has its own
 folder; the same command again on the same machine finds it and measures nothing.
@@ -10,17 +10,10 @@ folder; the same command again on the same machine finds it and measures nothing
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import shlex
 import statistics
-import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
-
-if not __package__:  # started as a file: this folder must go anyway, a `profile` in it hides Python's own
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import sparsevlm  # isort: skip  - before transformers: it makes torchvision importable beside a CPU-only torch
 
@@ -30,9 +23,9 @@ from tqdm import tqdm
 
 from eval import environment
 from eval.errors import UserError, one_line
-from eval.results import RunFolder
+from eval.measure.once import Measured, command_of, measure_once, print_result, said
+from eval.reader import LATENCY, ROWS_ONLY, Run, read_runs, setting_key
 from eval.settings import fingerprint
-from scripts.runs import LATENCY, ROWS_ONLY, SCHEMA, BadRun, Run, read_runs, setting_key
 from sparsevlm.cost.latency import UNPRUNED, Setting, measure
 from sparsevlm.models.checkpoint import find_checkpoint
 
@@ -40,11 +33,7 @@ from sparsevlm.models.checkpoint import find_checkpoint
 def main(argv: list[str] | None = None) -> None:
     """Measure and write; one line on stderr and exit status 2 for what cannot be."""
     args = _parser().parse_args(argv)
-    try:
-        print(profile(args, shlex.join(["python", "scripts/profile.py", *(sys.argv[1:] if argv is None else argv)])))
-    except (UserError, BadRun, ValueError, OSError) as error:
-        print(f"profile: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    print_result("latency", lambda: _as_asked(args, command_of("latency", argv)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,12 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def profile(args: argparse.Namespace, command: str) -> str:
-    """Measure what `args` ask for, unless that was done on this machine, and say where the result is.
-
-    Raises:
-        UserError, BadRun, ValueError, OSError: settings, model or folders that cannot be used.
-    """
+def _as_asked(args: argparse.Namespace, command: str) -> str:
+    """Measure what a command line asks for; settings and prompt length are by default those of the model's runs."""
     runs = [r for r in _existing(args.results) if r.model == args.model and r.task not in ROWS_ONLY]
     settings = [parse_setting(text) for text in args.settings] or settings_of(runs)
     text_tokens = args.text_tokens or text_tokens_of(runs)
@@ -80,31 +65,82 @@ def profile(args: argparse.Namespace, command: str) -> str:
             f"no runs of the model {args.model} in {args.results}/runs to take settings and prompt length from: give "
             "settings such as none:full sparsevlm:192, and --text-tokens"
         )
-    if not any(method == "none" for method, _, _ in settings):
-        settings.insert(0, UNPRUNED)
     pretrained = runs[0].config["model"]["pretrained"] if runs else args.model
-    checkpoint = find_checkpoint(pretrained)
+    keys = ("batch_size", "repeats", "warmup", "decode_tokens", "device", "dtype")
+    how = {key: getattr(args, key) for key in keys}
+    return time_settings(args.results, args.model, pretrained, settings, text_tokens, command, **how)
+
+
+def time_settings(
+    results: Path,
+    model: str,
+    pretrained: str,
+    settings: Sequence[Setting],
+    text_tokens: int,
+    command: str,
+    batch_size: int = 1,
+    repeats: int = 30,
+    warmup: int = 3,
+    decode_tokens: int = 8,
+    device: str = "cpu",
+    dtype: str | None = None,
+) -> str:
+    """Time settings of a model, unless that was done on this machine, and keep the rows as a run folder.
+
+    Args:
+        results: folder that holds runs/.
+        model: its name in the runs.
+        pretrained: what `sparsevlm.load` takes.
+        settings: (method, budget, options) each; the unpruned model is put in front if it is not among them.
+        text_tokens: all tokens of the prompt that are not visual.
+        command: how the measurement was started, for env.json.
+        batch_size, repeats, warmup, decode_tokens: see `sparsevlm.cost.latency.measure`.
+        device, dtype: see `sparsevlm.load`.
+
+    Returns:
+        Where the run folder is.
+
+    Raises:
+        UserError, ValueError, OSError: settings, model or folders that cannot be used.
+    """
+    if not any(method == "none" for method, _, _ in settings):
+        settings = [UNPRUNED, *settings]
     config = {
-        "model": {"name": args.model, "pretrained": pretrained, "weights": fingerprint(checkpoint)},
+        "model": {"name": model, "pretrained": pretrained, "weights": fingerprint(find_checkpoint(pretrained))},
         "settings": [_full(setting) for setting in settings],
         "text_tokens": text_tokens,
-        **{k: getattr(args, k) for k in ("batch_size", "repeats", "warmup", "decode_tokens", "device", "dtype")},
+        "batch_size": batch_size,
+        "repeats": repeats,
+        "warmup": warmup,
+        "decode_tokens": decode_tokens,
+        "device": device,
+        "dtype": dtype,
     }
-    identity = json.dumps([config, environment.hardware()], sort_keys=True, default=list)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    folder = RunFolder(args.results, f"{LATENCY}__{args.model}__{digest}")
-    if folder.finished:
-        return f"already there: {folder.path}"
-    folder.open()
-    model, _ = sparsevlm.load(pretrained, device=args.device, dtype=args.dtype)
-    config["dtype"] = str(model.dtype).removeprefix("torch.")
-    with tqdm(desc="rounds", total=args.warmup + args.repeats, mininterval=1) as bar:
-        rows = measure(
-            model, settings, text_tokens, args.batch_size, args.repeats, args.warmup, args.decode_tokens,
-            progress=lambda done, total: bar.update(),
-        )  # fmt: skip
-    folder.publish(_files(config, rows, digest, args.repeats, command))
-    return str(folder.path)
+
+    def measured() -> Measured:
+        net, _ = sparsevlm.load(pretrained, device=device, dtype=dtype)
+        with tqdm(desc="rounds", total=warmup + repeats, mininterval=1) as bar:
+            rows = measure(
+                net, settings, text_tokens, batch_size, repeats, warmup, decode_tokens,
+                progress=lambda done, total: bar.update(),
+            )  # fmt: skip
+        samples = take_rounds(rows, repeats)
+        return Measured(rows, samples, repeats, {"dtype": str(net.dtype).removeprefix("torch.")})
+
+    return said(
+        *measure_once(results, LATENCY, f"{LATENCY}__{model}", config, command, measured, environment.hardware())
+    )
+
+
+def take_rounds(rows: Sequence[dict], rounds: int) -> list[dict]:
+    """Take the single rounds out of the rows of `sparsevlm.cost.latency.measure`: one dict per setting and round."""
+    samples = []
+    for row in rows:
+        row["budget"] = _budget_name(row["budget"])
+        key = setting_key(row["method"], row["options"], row["budget"])
+        times = row.pop("rounds")
+        samples += [{"round": i, "setting": key, **{k: v[i] for k, v in times.items()}} for i in range(rounds)]
+    return samples
 
 
 def _existing(results: Path) -> list[Run]:
@@ -154,36 +190,6 @@ def _full(setting: Setting) -> dict:
 
 def _budget_name(budget: int | str | None) -> int | str:
     return "explicit" if budget is None else budget
-
-
-def _files(config: dict, rows: list[dict], digest: str, rounds: int, command: str) -> dict[str, str]:
-    """The contents of the run folder; samples.jsonl has one line per round and setting."""
-    samples = []
-    for row in rows:
-        row["budget"] = _budget_name(row["budget"])
-        key = setting_key(row["method"], row["options"], row["budget"])
-        times = row.pop("rounds")
-        for i in range(rounds):
-            samples.append(json.dumps({"round": i, "setting": key, **{k: v[i] for k, v in times.items()}}) + "\n")
-    about = {"versions": environment.versions(), "hardware": environment.hardware(), "git": environment.git()}
-    about["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    metrics = {
-        "schema": SCHEMA,
-        "task": LATENCY,
-        "model": config["model"]["name"],
-        "config_hash": digest,
-        "n": rounds,
-        "rows": rows,
-        "seed": 0,
-        **about,
-    }
-    plain = json.loads(json.dumps(config))  # tuples -> lists
-    return {
-        "config.yaml": yaml.safe_dump(plain, sort_keys=False),
-        "samples.jsonl": "".join(samples),
-        "env.json": json.dumps({"command": command, **about, "packages": environment.packages()}, indent=2) + "\n",
-        "metrics.json": json.dumps(metrics, indent=2) + "\n",
-    }
 
 
 if __name__ == "__main__":

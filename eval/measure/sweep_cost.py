@@ -1,6 +1,6 @@
 """What a sweep costs, against the sum of single runs.
 
-    python scripts/sweep_cost.py --results results/reference --limit 48
+    python -m eval.measure.sweep_cost --results results/reference --limit 48
 
 Runs 3 methods x 3 budgets on `mini` twice: as one sweep, and one by one in fresh processes, in turns. Each process is
 charged with its CPU time (user and system) and its wall time; the results of both must be the same. Writes
@@ -20,7 +20,10 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[1]
+from eval import environment
+from eval.measure.once import command_of
+
+_ROOT = Path(__file__).resolve().parents[2]
 METHODS, BUDGETS = ("random", "fastv", "sparsevlm"), (192, 128, 64)
 
 
@@ -30,9 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--limit", type=int, default=48, help="questions of minivqa")
     args = parser.parse_args(arguments)
-    sys.path.insert(0, str(_ROOT))
-    from eval import environment
-
+    git = environment.git_at_start()
     with tempfile.TemporaryDirectory() as scratch:
         single, sweep = Path(scratch, "single"), Path(scratch, "sweep")
         common = [f"limit={args.limit}", "task.seed=0"]
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     total = {key: sum(t[key] for t in each.values()) for key in ("cpu_s", "wall_s")}
     record = {
         "schema": 1,
-        "command": f"python scripts/sweep_cost.py --limit {args.limit}",
+        "command": command_of("sweep_cost", arguments),
         "model": "mini",
         "task": "minivqa",
         "questions": args.limit,
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": environment.versions(),
         "hardware": environment.hardware(),
-        "git": environment.git(),
+        "git": git,
     }
     folder = args.results / "sweep_cost"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,41 +1,30 @@
-"""How many kept tokens half precision shares with float32, stage by stage.
+"""Measure how many kept tokens half precision shares with float32, stage by stage.
 
-    python scripts/half_precision.py --results results
+    python -m eval.measure.half_precision --results results
 
 On questions of `minivqa` with the model `mini`, and on a LLaVA-shaped language model with random weights (Llama, 576
 visual and 60 other tokens; embeddings of unit variance). Each model decides in float32, bfloat16 and float16; reported
 is the share of the tokens that float32 keeps (as indices into the original visual tokens, recycled ones left out) which
-half precision keeps, too: mean and smallest over prompts. Writes `<results>/runs/half_precision__<hash>/` and
-`<results>/tables/half_precision.md` and `.csv`.
+half precision keeps, too: mean and smallest over prompts. Writes `<results>/runs/half_precision__<hash>/`, of which
+`scripts/make_tables.py` makes a table; the same command again finds it and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import json
-import sys
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
-
-if not __package__:  # started as a file: this folder must go anyway, a `profile` in it hides Python's own
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import sparsevlm  # isort: skip  - before transformers: it makes torchvision importable beside a CPU-only torch
 
-import pandas as pd
 import torch
-import yaml
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval import environment
-from eval.errors import UserError, one_line
-from eval.results import RunFolder
+from eval.measure.once import Measured, command_of, measure_once, print_result, said
+from eval.reader import HALF_PRECISION
 from eval.tasks.minivqa.dataset import rows as questions
-from scripts.runs import HALF_PRECISION, SCHEMA
 from sparsevlm.methods.base import Method
 
 DTYPES = ("bfloat16", "float16")
@@ -52,17 +41,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
     parser.add_argument("--prompts", type=int, default=12, help="questions of minivqa; random prompts are a third")
     args = parser.parse_args(argv)
-    config = {"settings": [list(s) for s in SETTINGS], "shapes": SHAPES, "prompts": args.prompts}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-    try:
-        folder = RunFolder(args.results, f"{HALF_PRECISION}__{digest}")
-        if not folder.finished:
-            folder.open()
-            folder.publish(_files(config, measure(args.prompts), digest))
-        print(write_table(folder.path, args.results / "tables"))
-    except (UserError, ValueError, OSError) as error:
-        print(f"half_precision: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    command = command_of("half_precision", argv)
+    print_result("half_precision", lambda: measure_half_precision(args.results, args.prompts, command))
+
+
+def measure_half_precision(results: Path, prompts: int, command: str) -> str:
+    """Measure on that many questions unless that was done, and return where the run folder is.
+
+    Raises:
+        UserError, OSError: the folder cannot be written.
+    """
+    config = {"settings": [list(s) for s in SETTINGS], "shapes": SHAPES, "prompts": prompts}
+
+    def measured() -> Measured:
+        rows = measure(prompts)
+        return Measured(rows, rows, len(rows))
+
+    return said(*measure_once(results, HALF_PRECISION, HALF_PRECISION, config, command, measured))
 
 
 def measure(prompts: int) -> list[dict]:
@@ -138,40 +133,6 @@ def _of_embeddings(seed: int, hidden: int) -> Callable:
         return trace.prefills[0]
 
     return prefill
-
-
-def _files(config: dict, rows: list[dict], digest: str) -> dict[str, str]:
-    about = {"versions": environment.versions(), "hardware": environment.hardware(), "git": environment.git()}
-    about["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    metrics = {"schema": SCHEMA, "task": HALF_PRECISION, "model": "mini", "config_hash": digest, "n": len(rows)}
-    metrics |= {"rows": rows, **about}
-    return {
-        "config.yaml": yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False),
-        "samples.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
-        "env.json": json.dumps({"command": "python scripts/half_precision.py", **about}, indent=2) + "\n",
-        "metrics.json": json.dumps(metrics, indent=2) + "\n",
-    }
-
-
-def write_table(run: Path, tables: Path) -> str:
-    """Write half_precision.md and .csv from a run folder; returns the Markdown."""
-    frame = pd.DataFrame(json.loads((run / "metrics.json").read_text(encoding="utf-8"))["rows"])
-    tables.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(tables / "half_precision.csv", index=False)
-    pairs = zip(frame["mean"], frame["smallest"], strict=True)
-    frame["shared %"] = [f"{100 * mean:.1f} ({100 * smallest:.1f})" for mean, smallest in pairs]
-    wide = frame.pivot_table(
-        index=["model", "method", "budget", "layer"], columns="dtype", values="shared %", aggfunc="first", sort=False
-    ).reset_index()
-    lines = ["| " + " | ".join(map(str, wide.columns)) + " |", "|" + " --- |" * len(wide.columns)]
-    lines += ["| " + " | ".join(map(str, row)) + " |" for row in wide.itertuples(index=False)]
-    head = (
-        "Share of the visual tokens kept in float32 that half precision keeps, too, in %: mean over prompts "
-        f"(smallest). By `python scripts/half_precision.py`, from `{run.name}`.\n\n"
-    )
-    text = head + "\n".join(lines) + "\n"
-    (tables / "half_precision.md").write_text(text, encoding="utf-8")
-    return text
 
 
 if __name__ == "__main__":

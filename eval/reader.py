@@ -1,7 +1,7 @@
 """Reading run folders. What is not a whole run of the known schema is refused with its folder's name, never skipped.
 
-`eval/results.py` says what is in a folder. Accuracy runs are read, latency runs (task "latency", written
-by `scripts/profile.py`) and those of `scripts/half_precision.py`, which have `rows` instead of metrics.
+`eval/results.py` says what is in a folder. Accuracy runs are read, and the measurements of `eval/measure`, which have
+`rows` instead of metrics.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
 import yaml
 
+from eval.results import SCHEMA
 from eval.stats import bootstrap_ci
 from eval.tasks.minivqa.utils import LANGUAGE_CONTROL, VISUAL
+from sparsevlm.methods import method_class
 
-SCHEMA = 1
 LATENCY = "latency"
 HALF_PRECISION = "half_precision"
 FLOPS = "flops"
@@ -91,6 +92,21 @@ class Run:
 def setting_key(method: str, options: dict, budget: int | str | None) -> str:
     """Method, options (defaults filled in) and budget as one string."""
     return json.dumps([method, options, budget], sort_keys=True, default=list)
+
+
+def label(method: str, options: dict) -> str:
+    """Name of a method with those of its options that are not the defaults: "sparsevlm (raters=all)"."""
+    try:
+        defaults = {f.name: f.default for f in fields(method_class(method))}
+    except ValueError:  # a method of another version of this project
+        defaults = {}
+    changed = [f"{k}={plain(v)}" for k, v in options.items() if k not in defaults or v != defaults[k]]
+    return f"{method} ({', '.join(changed)})" if changed else method
+
+
+def plain(value) -> str:
+    """A value of an option as it is printed: lists with slashes."""
+    return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 @dataclass
