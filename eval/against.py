@@ -103,7 +103,7 @@ def compare(metrics: Mapping, config: Mapping) -> Comparison | None:
 
 def _as_published(config: Mapping, model: str) -> bool:
     wanted = yaml.safe_load((_EXPERIMENTS / f"{model}_paper.yaml").read_text(encoding="utf-8"))["model"]
-    options = {k: known[0] for k, known in TASKS[config["task"]["name"]].options.items() if known}
+    options = {k: v[0] for k, v in TASKS[config["task"]["name"]].options.items() if isinstance(v, tuple)}
     task = {**config["task"], **(config["task"].get("options") or {})}
     return (
         all(config["model"].get(k) == v for k, v in wanted.items())

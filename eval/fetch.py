@@ -25,8 +25,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from eval.configs import CONFIGS, explain
 from eval.errors import USER, UserError, one_line, report
-from eval.run import CONFIGS, explain, register_budgets
 from eval.tasks import TASKS, TaskSettings, task_settings
 from eval.tasks.folders import hf_home
 from eval.tasks.generated import Generated
@@ -101,7 +101,7 @@ def _composed(arguments: Sequence[str]) -> Iterator[dict]:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         choices = {key: found[-1] if found else [None] for key, found in values.items()}
         first = [f"{key}={listed[0]}" for key, listed in choices.items() if listed[0]]
-        experiment = OmegaConf.to_container(hydra.compose("config", register_budgets([*first, *rest])))["experiment"]
+        experiment = OmegaConf.to_container(hydra.compose("config", [*first, *rest]))["experiment"]
         for entry in (experiment or {}).get("runs", []):
             for key in _SWEPT:
                 if key in entry:

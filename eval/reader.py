@@ -30,6 +30,7 @@ _COMMON = ("schema", "task", "model", "n", "versions", "hardware", "git", "date"
 _ACCURACY = ("method", "options", "budget", "config_hash", "metrics", "tokens", "cost", "seed")
 # Model settings that change answers; device and batch size do not.
 _MODEL_KEYS = ("pretrained", "revision", "dtype", "attn_implementation", "prompt", "image_aspect_ratio")
+_NOT_ASKED = ("judge", "metric", "scale")  # keys of the task, by their beginnings; for judges see `_check_group`
 
 
 class BadRun(Exception):
@@ -262,7 +263,7 @@ def accuracy_groups(runs: Iterable[Run]) -> list[Group]:
     for run in runs:
         if run.task not in ROWS_ONLY:
             model = {key: run.config["model"].get(key) for key in _MODEL_KEYS}
-            task = {k: v for k, v in run.config["task"].items() if not k.startswith("judge")}  # see `_check_group`
+            task = {k: v for k, v in run.config["task"].items() if not k.startswith(_NOT_ASKED)}
             same = [run.task, run.model, model, task, run.metrics["n"], run.config.get("max_new_tokens"), run.asked]
             groups.setdefault(json.dumps(same, sort_keys=True, default=str), Group()).runs.append(run)
     for group in groups.values():

@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle thread
 
 import itertools
 import json
-import re
 import shlex
 import signal
 import sys
@@ -36,20 +35,17 @@ from datetime import datetime
 from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eval.errors import UserError, one_line, report, unknown, worst
+from eval.configs import CONFIGS, explain
+from eval.errors import UserError, report, worst
 from eval.processes import is_first
 from eval.series import run_series, time_runs
 from eval.settings import Run, make_run
-
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-_GROUPS = ("model", "method", "budget", "task", "experiment")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _write_status(statuses[-1])
 
     with _sweep_folder(arguments) as folder:
-        own_argv, sys.argv = sys.argv, [sys.argv[0], *register_budgets(arguments), f"hydra.sweep.dir='{folder}'"]
+        own_argv, sys.argv = sys.argv, [sys.argv[0], *arguments, f"hydra.sweep.dir='{folder}'"]
         try:
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")(job)()
             if here:
@@ -136,44 +132,28 @@ def _read_statuses(folder: Path) -> list[int]:
     return [job["status"] for job in ended]
 
 
-def register_budgets(arguments: Sequence[str]) -> list[str]:
-    """Make any number a choice of the group `budget`, as if configs/budget had a file for it.
-
-    Hydra takes only strings as choices, so numbers are put in quotes. What is no number becomes a choice too: the
-    check of budgets explains it better than Hydra would.
-    """
-    out = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key != "budget" or "(" in value:
-            out.append(argument)
-            continue
-        names = [v.strip(" '\"") for v in value.split(",")]
-        for name in names:
-            if not (CONFIGS / "budget" / f"{name}.yaml").is_file():
-                value = None if name == "null" else int(name) if re.fullmatch(r"-?\d+", name) else name
-                ConfigStore.instance().store(group="budget", name=name, node={"budget": value}, package="_global_")
-        out.append("budget=" + ",".join(f'"{name}"' for name in names))
-    return out
-
-
 def _listed(entries: Sequence[dict]) -> list[Run]:
-    """The runs that an experiment lists: each entry is one run, or one for each combination of its lists.
+    """Make the runs that an experiment lists: each entry is one run, or one for each combination of its lists.
 
     Raises:
-        UserError: in any of them, before the first is started.
+        UserError: an entry is wrong, or the command line sets what the experiment sets; raised before any run starts.
     """
     given = list(HydraConfig.get().overrides.task)
     fixed = {key for entry in entries for key in entry}
     for key in (override.split("=")[0] for override in given):
         if key in fixed:
-            raise UserError(f"this experiment sets {key} itself; leave {key}=... out")
+            raise UserError(f"this experiment sets {key} itself. Leave {key}=... out")
     runs = []
     for entry in entries:
         choices = [v if isinstance(v, list) else [v] for v in entry.values()]
         for values in itertools.product(*choices):
-            own = register_budgets([f"{k}={v}" for k, v in zip(entry, values, strict=True)])
-            composed = OmegaConf.to_container(hydra.compose("config", [*given, *own]), resolve=True)
+            own = [f"{k}={'null' if v is None else v}" for k, v in zip(entry, values, strict=True)]
+            try:
+                composed = OmegaConf.to_container(hydra.compose("config", [*given, *own]), resolve=True)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise UserError(
+                    f"in the experiment's entry {' '.join(own)}: {explain(error, [*given, *own])}"
+                ) from error
             composed.pop("experiment")
             runs.append(_one(composed))
     return runs
@@ -182,32 +162,8 @@ def _listed(entries: Sequence[dict]) -> list[Run]:
 def _one(config: dict) -> Run:
     run = make_run(config)
     if config["budget"] not in (None, run.budget) and is_first():
-        print(f"method={run.method.name} drops nothing: budget={config['budget']} counts as {run.budget}", flush=True)
+        print(f"ignoring budget={config['budget']}: method={run.method.name} keeps all tokens", flush=True)
     return run
-
-
-def explain(error: Exception, arguments: Sequence[str]) -> str:
-    """What Hydra objects to, on one line and with the nearest known name."""
-    text = one_line(error)
-    if found := re.search(r"Could not find 'hydra/launcher/(.*?)'", text):
-        return (
-            f"no launcher {found[1]!r}: joblib, slurm and submitit_local come with pip install 'sparsevlm-bench[sweep]'"
-        )
-    if found := re.search(r"Could not find '(\w+)/(.*?)'", text):
-        group, name = found.groups()
-        return unknown(group, name, [p.stem for p in (CONFIGS / group).glob("*.yaml")])
-    if found := re.search(r"Could not override '(.*?)'", text):
-        group = found[1].rpartition(".")[0]
-        return unknown("config key", found[1], [k for k in _keys(arguments) if k.rpartition(".")[0] == group])
-    return text
-
-
-def _keys(arguments: Sequence[str]) -> list[str]:
-    """All config keys that exist for the chosen groups (of those swept over, for the default)."""
-    chosen = [a for a in register_budgets(arguments) if a.split("=")[0] in _GROUPS and "," not in a]
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = OmegaConf.to_container(hydra.compose("config", chosen))
-    return [*composed, *(f"{g}.{k}" for g, v in composed.items() if isinstance(v, dict) for k in v)]
 
 
 if __name__ == "__main__":

@@ -167,10 +167,17 @@ def make_run(config: Mapping) -> Run:
         method, budget = _method(config["method"], config["budget"], n_visual, shapes.get_text_config())
     except (ValueError, OSError) as error:  # OSError: FileNotFoundError, PermissionError, ConnectionError
         raise UserError(one_line(error)) from error
+    same = ("limit", "max_new_tokens", "batch_size", "on_error", "feature_mb")
     return Run(
-        model, task, method, budget, config["limit"], config["max_new_tokens"], config["batch_size"],
-        config["on_error"], config["feature_mb"], Path(config["results_dir"]).expanduser(), checkpoint, n_visual,
-    )  # fmt: skip
+        model=model,
+        task=task,
+        method=method,
+        budget=budget,
+        results_dir=Path(config["results_dir"]).expanduser(),
+        checkpoint=checkpoint,
+        n_visual=n_visual,
+        **{key: config[key] for key in same},
+    )
 
 
 def _method(config: Mapping, budget, n_visual: int, text_config) -> tuple[Method, int | str]:
@@ -224,7 +231,10 @@ def _group(cls, config: Mapping, name: str):
     _known(config[name], keys, f"{name}.")
     missing = [k for k in keys if k not in config[name]]
     if missing:
-        raise UserError(f"the config group {name} lacks {', '.join(missing)}: configs/{name}/*.yaml lists all keys")
+        raise UserError(
+            f"the config group {name} lacks {', '.join(missing)}. "
+            "Set them in its file; `defaults: [_base]` sets the others"
+        )
     return cls(**config[name])
 
 

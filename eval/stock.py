@@ -11,8 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from eval.tasks import TASKS, Task, TaskSettings
+from eval.tasks import TASKS, Task
 from eval.tasks.generated import Generated
+from eval.tasks.questions import as_the_authors
 
 _EXPERIMENTS = Path(__file__).resolve().parents[1] / "configs" / "experiment"
 _PAPERS = {"llava": "llava_1_5_7b_paper", "video_llava": "video_llava_7b_paper"}  # by config.json's model_type
@@ -27,7 +28,10 @@ _CHANGES = {
 
 def task_warnings(requests: Iterable) -> list[str]:
     """One line for each task among lmms-eval's requests that `eval.run` asks or scores otherwise."""
-    ours = {name: task for task in TASKS.values() if not isinstance(task, Generated) for name in task.lmms}
+    ours: dict[str, Task] = {}
+    for task in TASKS.values():
+        for name in () if isinstance(task, Generated) else task.lmms:
+            ours.setdefault(name, task)  # of several tasks on the same questions, the papers'
     first: dict[str, dict] = {}
     for request in requests:
         first.setdefault(request.args[4], request.args[1])
@@ -44,10 +48,9 @@ def task_warnings(requests: Iterable) -> list[str]:
 
 def corrections(task: Task, gen_kwargs: dict) -> list[str]:
     """What `eval.run` changes about a task, in words."""
-    options = {key: values[0] if values else None for key, values in task.options.items()}
+    not_judged = {"judge": None} if task.judge else {}
+    overrides = as_the_authors(task.folder) | task.overrides(task.settings({"name": task.name, **not_judged}))
     metric = next(iter(task.metrics))
-    settings = TaskSettings(task.name, 0, {"metric": metric, "scale": task.metrics[metric], **options})
-    overrides = task.overrides(settings)
     found = [what for key, what in _CHANGES.items() if key in overrides]
     if specific := overrides.get("lmms_eval_specific_kwargs"):
         found.append(f"the text around the question ({specific['default']})")

@@ -254,5 +254,5 @@ def _caption(edition: Edition, kinds: Iterable[str], tasks: Sequence[str], other
         text += f" What is missing: `{edition.command(tasks)}`"
         judged = [b.label.split(" ")[0] for b in edition.benchmarks if b.task in tasks and b in JUDGED]
         if judged:
-            text += f" ({', '.join(dict.fromkeys(judged))}: a language model judges, see `configs/task`)"
+            text += f" ({', '.join(dict.fromkeys(judged))}: a language model judges: set SPARSEVLM_JUDGE)"
     return text

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from omegaconf import OmegaConf
+
 from eval.errors import UserError, unknown
 
 #: scale of a metric -> what its value is multiplied by in the papers' tables.
@@ -15,20 +17,22 @@ NO_JUDGE = "no language model was named to judge: task.judge=<model>, or SPARSEV
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """Config group `task`.
+    """The checked config group `task`.
 
     Attributes:
-        seed: which set of test scenes, for generated tasks; 0 for all others.
-        options: the rest of the YAML: `metric` and `scale` of the number that goes into the papers' tables, and what
-            else the task can be asked for.
+        options: all options of the task with their values.
     """
 
     name: str
-    seed: int = 0
     options: Mapping[str, object] = field(default_factory=dict)
 
     def __hash__(self) -> int:
-        return hash((self.name, self.seed, tuple(sorted(self.options.items(), key=str))))
+        return hash((self.name, tuple(sorted(self.options.items(), key=str))))
+
+    @property
+    def seed(self) -> int:
+        """Which set of test scenes, for generated tasks; 0 for all others."""
+        return self.options.get("seed", 0)
 
     @property
     def judged(self) -> bool:
@@ -36,22 +40,24 @@ class TaskSettings:
         return self.options.get("judge") not in (None, "", EXACT_MATCH)
 
     def plain(self) -> dict:
-        """As in the YAML."""
-        seed = {} if self.options else {"seed": self.seed}
-        return {"name": self.name, **seed, **self.options}
+        """Return the config group."""
+        return {"name": self.name, **self.options}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark.
+    """One benchmark, declared once: its entry in the config group `task` is made of this.
 
     Attributes:
+        title: the benchmark's name and split, for people.
         lmms: names of the lmms-eval tasks that it consists of.
         folder: where their YAMLs are: a folder of lmms-eval's tasks, or "own:<folder>" of this one's.
         size: questions of the published data, for progress bars; what is loaded counts otherwise.
-        metrics: what can be the headline -> its scale (see SCALES).
+        metrics: metric -> its scale (see SCALES). The first is the headline, which goes into the papers' tables.
         ours: those of the metrics that this project computes, because lmms-eval has no such aggregate or counts wrong.
-        options: further keys of the YAML -> the values they may have (None: free).
+        options: what can be set on the command line as `task.<key>=...` -> its default, or the tuple of its possible
+            values, of which the first is the default. A default may name an environment variable, as
+            "${oc.env:NAME,null}".
         overrides: settings -> keys of lmms-eval's task configuration to replace.
         until: strings at which an answer ends. None of the benchmarks' authors cuts answers; what lmms-eval puts in
             where a task names none (a blank line) cuts MM-Vet's and the videos' answers short.
@@ -67,12 +73,13 @@ class Task:
     """
 
     name: str
+    title: str
     lmms: tuple[str, ...]
     folder: str
     size: int
     metrics: Mapping[str, str]
     ours: tuple[str, ...] = ()
-    options: Mapping[str, tuple | None] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
     overrides: Callable[[TaskSettings], dict] = lambda settings: {}
     until: tuple[str, ...] = ()
     score: Callable[[Sequence[dict]], dict[str, float]] = lambda samples: {}
@@ -86,36 +93,29 @@ class Task:
     note: str = ""
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """Of the YAML, `name` excepted."""
-        return ("metric", "scale", *self.options)
+    def config(self) -> dict:
+        """The config group `task` with the defaults; environment variables are not filled in yet."""
+        defaults = {k: v[0] if isinstance(v, tuple) else v for k, v in self.options.items()}
+        return {"name": self.name, **defaults}
 
     def questions(self, limit: int | None) -> int:
         """How many questions a run with this limit asks, if the data are the published ones."""
         return self.size if limit is None else min(limit, self.size)
 
     def settings(self, config: Mapping) -> TaskSettings:
-        """Check a composed config group.
+        """Check a composed config group; an option that it lacks has its default.
 
         Raises:
-            UserError: a key that is missing or unknown, or a value that is not possible.
+            UserError: an unknown key, or a value that is not possible.
         """
-        options = {k: v for k, v in config.items() if k != "name"}
-        for key in options:
-            if key not in self.keys:
-                raise UserError(unknown("config key", f"task.{key}", [f"task.{k}" for k in ("name", *self.keys)]))
-        if missing := [k for k in self.keys if k not in options]:
-            raise UserError(
-                f"task {self.name} lacks {', '.join(missing)}: configs/task/{self.name}.yaml lists all keys"
-            )
-        for key, known in self.options.items():
-            if known is not None and options[key] not in known:
-                raise UserError(f"task.{key}={options[key]} is unknown; known: {', '.join(map(str, known))}")
-        metric, scale = options["metric"], options["scale"]
-        if metric not in self.metrics:
-            raise UserError(unknown("metric", metric, self.metrics))
-        if scale != self.metrics[metric]:
-            raise UserError(f"task.scale={scale}, but {metric} is in {self.metrics[metric]}")
+        known = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)
+        for key in config:
+            if key not in known:
+                raise UserError(unknown("config key", f"task.{key}", [f"task.{k}" for k in known]))
+        options = {k: v for k, v in {**known, **config}.items() if k != "name"}
+        for key, possible in self.options.items():
+            if isinstance(possible, tuple) and options[key] not in possible:
+                raise UserError(f"task.{key}={options[key]} is unknown; known: {', '.join(map(str, possible))}")
         runs = options.get("judge_runs", 1)
         if not isinstance(runs, int) or isinstance(runs, bool) or runs < 1:
             raise UserError(f"task.judge_runs={runs} must be an integer of 1 or more")
@@ -123,15 +123,15 @@ class Task:
             raise UserError(
                 "task.judge_url holds a password, and would be written into the results; use OPENAI_API_KEY"
             )
-        return TaskSettings(self.name, 0, options)
+        return TaskSettings(self.name, options)
 
     def headline(self, settings: TaskSettings) -> str:
-        """The metric that goes into the tables; without a judge that can only be exact match."""
-        return EXACT_MATCH if self.judge and not settings.judged else str(settings.options["metric"])
+        """Return the metric that goes into the papers' tables; without a judge that is exact match."""
+        return EXACT_MATCH if self.judge and not settings.judged else next(iter(self.metrics))
 
     def identity(self, settings: TaskSettings, limit: int | None) -> dict:
         """Everything about the task that changes a run's numbers."""
-        unseen = {"metric", "scale", "judge_timeout"}
+        unseen = {"judge_timeout"}
         unseen |= set() if settings.judged else {k for k in settings.options if k.startswith("judge")}
         options = {k: v for k, v in settings.options.items() if k not in unseen}
         return {"name": self.name, **options, "version": self.version, "limit": limit}

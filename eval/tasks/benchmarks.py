@@ -10,7 +10,11 @@ from eval.tasks.questions import LETTER, SHORT
 
 _SHORT, _LETTER = f"\n{SHORT}", f"\n{LETTER}"
 _NO_FLIP = "no video is flipped, where the authors leave a random horizontal flip on"
-_JUDGE = {"judge": None, "judge_url": None, "judge_timeout": None}
+_JUDGE = {
+    "judge": "${oc.env:SPARSEVLM_JUDGE,null}",  # a model at judge_url, whose key is OPENAI_API_KEY; or exact_match
+    "judge_url": "${oc.env:SPARSEVLM_JUDGE_URL,https://api.openai.com/v1}",  # any OpenAI-compatible endpoint
+    "judge_timeout": 60,  # seconds for one reply
+}
 _JUDGED = {"gpt_accuracy": "fraction", "gpt_score": "points", EXACT_MATCH: "fraction"}
 MVBENCH = (
     "action_sequence", "moving_count", "action_prediction", "episodic_reasoning", "action_antonym", "action_count",
@@ -106,15 +110,16 @@ def _judged(kind: str, **more) -> Callable[[TaskSettings], dict]:
     return overrides
 
 
-def _video_qa(name: str, size: int) -> Task:
+def _video_qa(name: str, title: str, size: int) -> Task:
     return Task(
         name=name,
+        title=title,
         lmms=(f"{name}_qa",),
         folder="own:video_qa",
         size=size,
         metrics=_JUDGED,
         ours=tuple(_JUDGED),
-        options={"data": None, **_JUDGE},
+        options={"data": None, **_JUDGE},  # data: the authors' folder, see video_qa/data.py
         overrides=_judged("video_qa"),
         judge="video_qa",
         video=True,
@@ -126,6 +131,7 @@ def _video_qa(name: str, size: int) -> Task:
 BENCHMARKS = (
     Task(
         name="gqa",
+        title="GQA, balanced test-dev",
         lmms=("gqa",),
         folder="gqa",
         size=12_578,
@@ -138,12 +144,13 @@ BENCHMARKS = (
     ),
     Task(
         name="mmbench",
+        title="MMBench, English dev: a question counts if every rotation of its options is answered rightly",
         lmms=("mmbench_en_dev_static",),
         folder="mmbench",
         size=4_329,
         metrics={"circular_accuracy": "percent"},
         ours=("circular_accuracy",),
-        options={"prompt": ("llava", "lmms_eval")},
+        options={"prompt": ("llava", "lmms_eval")},  # lmms_eval: "There are several options:", hint on the same line
         overrides=_mmbench,
         score=scores.mmbench,
         group=lambda index: int(index) % 1_000_000,
@@ -153,6 +160,7 @@ BENCHMARKS = (
     ),
     Task(
         name="mme",
+        title="MME, perception and cognition",
         lmms=("mme",),
         folder="mme",
         size=2_374,
@@ -166,6 +174,7 @@ BENCHMARKS = (
     ),
     Task(
         name="pope",
+        title="POPE",
         lmms=("pope",),
         folder="pope",
         size=9_000,
@@ -181,6 +190,7 @@ BENCHMARKS = (
     ),
     Task(
         name="scienceqa",
+        title="ScienceQA, test questions with a picture",
         lmms=("scienceqa_img",),
         folder="scienceqa",
         size=2_017,
@@ -191,6 +201,7 @@ BENCHMARKS = (
     ),
     Task(
         name="vqav2",
+        title="VQAv2, validation",
         lmms=("vqav2_val",),
         folder="vqav2",
         size=214_354,
@@ -201,17 +212,19 @@ BENCHMARKS = (
     ),
     Task(
         name="textvqa",
+        title="TextVQA, validation",
         lmms=("textvqa_val",),
         folder="textvqa",
         size=5_000,
         metrics={"exact_match": "fraction"},
         ours=("exact_match",),
-        options={"ocr": (True, False)},
+        options={"ocr": (True, False)},  # OCR tokens in the prompt
         overrides=_textvqa,
         note="with the OCR tokens in the prompt, as LLaVA's and the paper's numbers are",
     ),
     Task(
         name="conbench",
+        title="ConBench, discriminative: a picture counts if its 3 questions are answered rightly",
         lmms=("ConBench",),
         folder="conbench",
         size=3_000,
@@ -225,6 +238,7 @@ BENCHMARKS = (
     ),
     Task(
         name="seedbench",
+        title="SEED-Bench, all questions",
         lmms=("seedbench",),
         folder="seedbench",
         size=19_242,
@@ -237,23 +251,25 @@ BENCHMARKS = (
     ),
     Task(
         name="mmvet",
+        title="MM-Vet",
         lmms=("mmvet",),
         folder="mmvet",
         size=218,
         metrics={"gpt_eval_score": "fraction", EXACT_MATCH: "fraction"},
         ours=("gpt_eval_score", EXACT_MATCH),
-        options={**_JUDGE, "judge_runs": None},
+        options={**_JUDGE, "judge_runs": 5},  # how often each answer is judged, as in MM-Vet's paper
         score=scores.judge_runs,
         overrides=_judged("mmvet", **_post_prompt("")),
         judge="mmvet",
         note="the bare question as prompt; lmms-eval asks for reasoning first, and scores 0 where its judge fails. The "
         "judge is asked as by MM-Vet's authors, judge_runs times; the published judge is gpt-4-0613",
     ),
-    _video_qa("tgif", 25_751),
-    _video_qa("msvd", 13_157),
-    _video_qa("msrvtt", 72_821),
+    _video_qa("tgif", "TGIF-QA", 25_751),
+    _video_qa("msvd", "MSVD-QA", 13_157),
+    _video_qa("msrvtt", "MSRVTT-QA", 72_821),
     Task(
         name="activitynet",
+        title="ActivityNet-QA",
         lmms=("activitynetqa",),
         folder="activitynetqa",
         size=8_000,
@@ -267,6 +283,7 @@ BENCHMARKS = (
     ),
     Task(
         name="videomme",
+        title="Video-MME without subtitles",
         lmms=("videomme",),
         folder="videomme",
         size=2_700,
@@ -277,6 +294,7 @@ BENCHMARKS = (
     ),
     Task(
         name="nextqa",
+        title="NExT-QA, multiple choice, test",
         lmms=("nextqa_mc_test",),
         folder="nextqa",
         size=8_564,
@@ -288,6 +306,7 @@ BENCHMARKS = (
     ),
     Task(
         name="mvbench",
+        title="MVBench",
         lmms=tuple(f"mvbench_{sub}" for sub in MVBENCH),
         folder="mvbench",
         size=4_000,

@@ -47,6 +47,7 @@ def _scienceqa_full(settings: TaskSettings) -> dict:
 FURTHER = (
     Task(
         name="vizwiz",
+        title="VizWiz, validation",
         lmms=("vizwiz_vqa_val",),
         folder="vizwiz_vqa",
         size=4_319,
@@ -57,6 +58,7 @@ FURTHER = (
     ),
     Task(
         name="vizwiz_test",
+        title="VizWiz, test",
         lmms=("vizwiz_vqa_test",),
         folder="vizwiz_vqa",
         size=8_000,
@@ -69,12 +71,13 @@ FURTHER = (
     ),
     Task(
         name="vqav2_testdev",
+        title="VQAv2, test-dev",
         lmms=("vqav2_test",),
         folder="vqav2",
         size=107_394,
         metrics={"answered": "count"},
         ours=("answered",),
-        options={"questions": None},
+        options={"questions": None},  # v2_OpenEnded_mscoco_test2015_questions.json: the server asks for all of them
         overrides=_vqav2_testdev,
         score=submissions.answered,
         files=submissions.vqav2,
@@ -82,6 +85,7 @@ FURTHER = (
     ),
     Task(
         name="llava_bench",
+        title="LLaVA-Bench in the wild",
         lmms=("llava_in_the_wild",),
         folder="llava-in-the-wild",
         size=60,
@@ -95,6 +99,7 @@ FURTHER = (
     ),
     Task(
         name="mmbench_cn",
+        title="MMBench, Chinese dev: scored as mmbench",
         lmms=("mmbench_cn_dev",),
         folder="mmbench",
         size=4_329,
@@ -108,6 +113,7 @@ FURTHER = (
     ),
     Task(
         name="scienceqa_full",
+        title="ScienceQA, all test questions",
         lmms=("scienceqa",),
         folder="scienceqa",
         size=4_241,
@@ -118,6 +124,7 @@ FURTHER = (
     ),
     Task(
         name="seedbench_image",
+        title="SEED-Bench, questions about pictures",
         lmms=("seedbench",),
         folder="seedbench",
         size=14_233,
@@ -129,6 +136,7 @@ FURTHER = (
     ),
     Task(
         name="chartqa",
+        title="ChartQA, test: relaxed accuracy",
         lmms=("chartqa",),
         folder="chartqa",
         size=2_500,
@@ -140,6 +148,7 @@ FURTHER = (
     ),
     Task(
         name="ocrbench",
+        title="OCRBench",
         lmms=("ocrbench",),
         folder="ocrbench",
         size=1_000,
@@ -151,6 +160,7 @@ FURTHER = (
     ),
     Task(
         name="ai2d",
+        title="AI2D, test",
         lmms=("ai2d",),
         folder="ai2d",
         size=3_088,
@@ -159,6 +169,7 @@ FURTHER = (
     ),
     Task(
         name="mmstar",
+        title="MMStar",
         lmms=("mmstar",),
         folder="mmstar",
         size=1_500,
@@ -170,6 +181,7 @@ FURTHER = (
     ),
     Task(
         name="docvqa",
+        title="DocVQA, validation",
         lmms=("docvqa_val",),
         folder="docvqa",
         size=5_349,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.errors import UserError, unknown
+from eval.errors import UserError
 from eval.tasks.base import Task, TaskSettings
 from eval.tasks.folders import cache_dir
 from eval.tasks.minivqa import dataset as minivqa
@@ -28,18 +28,10 @@ class Generated(Task):
         return self.size if limit is None else limit
 
     def settings(self, config: Mapping) -> TaskSettings:
-        for key in config:
-            if key not in ("name", "seed"):
-                raise UserError(unknown("config key", f"task.{key}", ["task.name", "task.seed"]))
-        if "seed" not in config:
-            raise UserError(f"task {self.name} lacks seed: configs/task/{self.name}.yaml lists all keys")
-        seed = config["seed"]
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise UserError(f"task.seed={seed} must be an integer of 0 or more")
-        return TaskSettings(self.name, seed)
-
-    def headline(self, settings: TaskSettings) -> str:
-        return next(iter(self.metrics))
+        settings = super().settings(config)
+        if not isinstance(settings.seed, int) or isinstance(settings.seed, bool) or settings.seed < 0:
+            raise UserError(f"task.seed={settings.seed} must be an integer of 0 or more")
+        return settings
 
     def identity(self, settings: TaskSettings, limit: int | None) -> dict:
         return {"name": self.name, "seed": settings.seed, "version": self.version, "limit": self.questions(limit)}
@@ -49,18 +41,23 @@ class Generated(Task):
         return minivqa.task_override(self.build(seed, n, cache_dir() / self.name), self.name)
 
 
-def _generated(name: str, data, video: bool = False) -> Generated:
+def _generated(name: str, title: str, data, video: bool = False) -> Generated:
     """The task of a folder of that name beside this file, whose module `dataset` is `data`."""
     return Generated(
         name=name,
+        title=title,
         lmms=(name,),
         folder=f"own:{name}",
         size=data.DEFAULT_N,
         metrics={"accuracy": "fraction"} if video else {VISUAL: "fraction", "accuracy": "fraction"},
+        options={"seed": 0},
         video=video,
         version=data.VERSION,
         build=data.build_dataset,
     )
 
 
-GENERATED = (_generated("minivqa", minivqa), _generated("minivqa_video", minivqa_video, video=True))
+GENERATED = (
+    _generated("minivqa", "generated scenes of handwritten digits and drawn shapes", minivqa),
+    _generated("minivqa_video", "generated clips of digits and shapes that come, move and leave", minivqa_video, True),
+)

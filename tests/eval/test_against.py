@@ -6,14 +6,15 @@ import pytest
 
 from eval import series
 from eval.against import PUBLISHED, compare
-from eval.run import CONFIGS
+from eval.configs import CONFIGS
+from eval.tasks import TASKS
 from tests.eval.test_settings import compose
 
 
 def run(task="gqa", value=0.619, model="llava_1_5_7b", metric=None, limit=None, **changes):
     """(metrics.json, config.yaml) of a made-up unpruned run, as far as they are read."""
     config = compose(f"experiment={model}_paper", f"task={task}")
-    headline = metric or config["task"]["metric"]
+    headline = metric or next(iter(TASKS[task].metrics))
     metrics = {
         "task": task, "model": model, "method": "none", "excluded": 0, "benchmark": {"metric": headline},
         "metrics": {headline: {"value": value}}, **changes,

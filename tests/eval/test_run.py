@@ -65,11 +65,14 @@ class TestBadInput:
             (["limit=none"], "limit=none must be an integer of 1 or more"),
             (["on_error=skip"], "unknown on_error 'skip'. Known: record, stop"),
             (["feature_mb=-1"], "feature_mb=-1 must be an integer of 0 or more"),
-            (["limit"], "Error parsing override 'limit'"),
+            (["limit"], "cannot read the argument 'limit'. Use key=value, for example limit=100"),
+            (["budget=64,32"], "budget=64,32 lists several values. Use -m before it to run each of them"),
+            (["raters=all", "method=sparsevlm"], "unknown config key 'raters'. Did you mean 'method.raters'?"),
+            (["task=hallusion_bench_image"], "Declare a further task of lmms-eval in eval/tasks/further.py"),
             (["results_dir=file"], "cannot write results to file/runs: Not a directory; set results_dir"),
             (["model.pretrained=./nowhere"], "there is no checkpoint folder './nowhere'"),
             (["model.prompt=vicuna_v1"], "vocabulary cannot spell the prompt 'vicuna_v1'; use prompt='hub'"),
-            (["experiment=reproduce", "budget=3"], "this experiment sets budget itself; leave budget=... out"),
+            (["experiment=reproduce", "budget=3"], "this experiment sets budget itself. Leave budget=... out"),
         ],
     )
     def test_one_line_and_status_2(self, arguments, message, capfd):
@@ -233,7 +236,7 @@ class TestMultirun:
         monkeypatch.setattr(evaluate, "execute", execute)
         assert main(["-m", "method=none,random", "budget=64,100"]) == 0
         assert done == [["none budget=full", "random budget=64", "random budget=100"]]  # in one go
-        assert "method=none drops nothing: budget=64 counts as full" in capfd.readouterr().out
+        assert "ignoring budget=64: method=none keeps all tokens" in capfd.readouterr().out
         assert os.listdir() == ["results"]
 
     def test_what_differs_in_more_than_the_method_runs_apart(self, monkeypatch):
@@ -246,7 +249,7 @@ class TestMultirun:
         assert main(["-m", "method=random", "budget=64,10000,32", "limit=2"]) == 2
         assert len(folders()) == 2
         err = capfd.readouterr().err
-        assert err.count("error: ") == 1 and 'budget="10000" limit=2: budget 10000 is above' in err
+        assert err.count("error: ") == 1 and "budget=10000 limit=2: budget 10000 is above" in err
 
     def test_a_method_that_fails_does_not_stop_the_others(self, monkeypatch, capfd):
         from sparsevlm.methods.fastv import FastV

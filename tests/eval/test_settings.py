@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import hydra
@@ -9,8 +10,8 @@ import yaml
 from omegaconf import OmegaConf
 
 import sparsevlm
+from eval.configs import CONFIGS
 from eval.errors import UserError
-from eval.run import CONFIGS, register_budgets
 from eval.settings import Run, fingerprint, make_run
 from eval.tasks import TASKS
 from sparsevlm.methods import method_class
@@ -19,7 +20,7 @@ from sparsevlm.mini import weights_dir
 
 def compose(*overrides: str) -> dict:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = OmegaConf.to_container(hydra.compose("config", register_budgets(overrides)), resolve=True)
+        config = OmegaConf.to_container(hydra.compose("config", list(overrides)), resolve=True)
     config.pop("experiment")
     return config
 
@@ -29,7 +30,7 @@ def settle(*overrides: str) -> Run:
 
 
 def names(group: str) -> list[str]:
-    return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+    return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml") if p.stem != "_base")
 
 
 class TestConfigFiles:
@@ -40,9 +41,19 @@ class TestConfigFiles:
             options = {f.name: f.default for f in dataclasses.fields(method_class(name)) if f.name != "budget"}
             assert listed == {"name": name, **json.loads(json.dumps(options))}, name  # YAML has lists, not tuples
 
-    def test_every_task_has_a_file(self):
-        assert names("task") == sorted(TASKS)
+    def test_every_task_can_be_chosen(self):
         assert all(compose(f"task={name}")["task"]["name"] == name for name in TASKS)
+
+    def test_a_model_is_three_lines(self, tmp_path, monkeypatch):
+        copy = Path(shutil.copytree(CONFIGS, tmp_path / "configs"))
+        (copy / "model" / "mine.yaml").write_text("defaults: [_base]\nname: mine\npretrained: mini\n")
+        monkeypatch.setattr(sys.modules[__name__], "CONFIGS", copy)
+        mine, mini = settle("model=mine", "limit=2"), settle("limit=2")
+        assert mine.model == dataclasses.replace(mini.model, name="mine")
+
+    def test_a_model_without_a_name(self):
+        with pytest.raises(UserError, match="the config group model lacks name, pretrained. Set them in its file"):
+            settle("model=_base")
 
     @pytest.mark.parametrize("name", names("model"))
     def test_models(self, name):

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is followed literally: the example of its five steps is added to a copy and tested there."""
+"""CONTRIBUTING.md is followed literally: its method, model and task are added to a copy and tried there."""
 
 from __future__ import annotations
 
@@ -99,6 +99,20 @@ def test_methods_use_what_the_tables_list_and_no_more(table: str):
         model(**inputs("one", model)[0])
     of = seen[0] if table == "stage" else seen[1]
     assert [name for name in members(table) if not hasattr(of, name)] == []
+
+
+def test_a_model_and_a_task_are_added_as_described(copy: Path):
+    model, task = (re.split(r"^## Adding a ", TEXT, flags=re.MULTILINE)[i] for i in (2, 3))
+    assert model.startswith("model\n") and task.startswith("task\n")
+    lines = re.search(r"^```yaml\n(.*?)^```", model, re.DOTALL | re.MULTILINE)[1]
+    (copy / re.search(r"`(configs/model/my_\w+\.yaml)`", model)[1]).write_text(lines)
+    further = copy / re.search(r"`(eval/tasks/\w+\.py)`", task)[1]
+    entry = re.search(r"^```python\n(.*?)^```", task, re.DOTALL | re.MULTILINE)[1]
+    before, after = further.read_text().split("FURTHER = (\n")
+    further.write_text(f"{before}FURTHER = (\n{entry.rstrip()},\n{after}")
+    assert "realworldqa          765 questions  RealWorldQA\n" in run(copy, "-m", "eval.tasks")
+    out = run(copy, "-m", "eval.fetch", "model=my_llava", "task=realworldqa", "--dry-run")
+    assert "model my_llava: org/my-llava, " in out and "task realworldqa: lmms-lab-encoder/RealWorldQA, " in out
 
 
 @pytest.mark.slow

@@ -9,17 +9,17 @@ from pathlib import Path
 from statistics import fmean, median
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 
+from eval.configs import CONFIGS
 from eval.reader import BadRun, read_runs
+from eval.tasks import TASKS
 from scripts import make_tables, tables
 from scripts.benchmarks import PAPER_TASKS
 from scripts.paper_tables import EDITIONS, paper_table
 from scripts.published import look_up
 from tests.scripts import folders
 
-ROOT = Path(__file__).resolve().parents[2]
 ICML, V1, VIDEO, VIDEO_V1 = EDITIONS
 # value of a run's metrics -> what the ICML table shows
 SCORES = {
@@ -74,7 +74,7 @@ def test_the_caption_has_the_command_that_fills_the_table(edition):
     assert given.pop("task").split(",") == list(dict.fromkeys(b.task for b in edition.benchmarks))
     assert given.pop("budget").split(",") == [str(b) for b in edition.budgets]
     methods = given.pop("method").split(",")
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         for method in methods:
             config = compose("config", [f"method={method}", *(f"{k}={v}" for k, v in given.items())])
     assert methods == ["none", *edition.methods] and config["model"]["name"] == edition.model
@@ -304,10 +304,11 @@ def test_every_table_compiles(tmp_path):
     "benchmark", {b.task: b for e in EDITIONS for b in e.benchmarks if b.published == "score"}.values()
 )
 def test_the_metrics_are_those_that_the_tasks_name_for_the_papers(benchmark):
-    task = yaml.safe_load((ROOT / "configs" / "task" / f"{benchmark.task}.yaml").read_text(encoding="utf-8"))
-    assert benchmark.metrics[0] == {task["metric"]: 100 if task["scale"] == "fraction" else 1}
+    task = TASKS[benchmark.task]
+    headline, scale = next(iter(task.metrics.items()))
+    assert benchmark.metrics[0] == {headline: 100 if scale == "fraction" else 1}
     wanted = PAPER_TASKS.get(benchmark.task, {})
-    assert {name: task[name] for name in wanted} == wanted
+    assert {name: task.config[name] for name in wanted} == wanted
 
 
 def test_a_run_that_left_questions_out_says_so_and_stays_out_of_averages(tmp_path):
