@@ -30,6 +30,7 @@ from eval.stock import model_warnings, task_warnings
 from sparsevlm.methods.base import Method
 from sparsevlm.models import Processor
 from sparsevlm.models.checkpoint import EMBEDDED
+from sparsevlm.settings import parse_value
 
 __all__ = ["GenerationError", "SparseVLMAdapter"]
 
@@ -83,7 +84,7 @@ class SparseVLMAdapter(lmms):
     ) -> None:
         super().__init__()
         if isinstance(method, str):
-            options = {k: _integers(v) for k, v in method_options.items()}
+            options = {k: parse_value(v) for k, v in method_options.items()}
             method = sparsevlm.build(method, budget=budget, **options)
         elif method_options:
             raise ValueError(f"the method is built already, so it takes no options: {', '.join(method_options)}")
@@ -205,9 +206,3 @@ def _result(answer: Answer, plain: bool = False) -> GenerationResult:
     """An answer for lmms-eval; `plain` removes control characters, which its spreadsheet for MMBench refuses."""
     text = _CONTROL.sub("", answer.text) if plain else answer.text
     return GenerationResult(text, TokenCounts(answer.input_tokens, answer.output_tokens))
-
-
-def _integers(value):
-    """`"1/2/6"` -> [1, 2, 6]; everything else as it is."""
-    listed = isinstance(value, str) and re.fullmatch(r"\d+(/\d+)+", value)
-    return [int(v) for v in value.split("/")] if listed else value

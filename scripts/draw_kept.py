@@ -22,7 +22,6 @@ import sparsevlm  # isort: skip  - before transformers: it makes torchvision imp
 
 import numpy as np
 import torch
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -31,6 +30,7 @@ from PIL import Image
 from scripts import style
 from scripts.draw_words import Word, draw_words, words_height
 from sparsevlm.core.raters import relevance
+from sparsevlm.settings import parse_options, parse_value
 
 _VEIL = 0.75  # how far a dropped patch fades towards white
 _EDGE = to_rgb("#D55E00")
@@ -190,12 +190,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("question")
     parser.add_argument("--model", default="mini", help="any name for sparsevlm.load")
     parser.add_argument("--method", default="sparsevlm", help=", ".join(sparsevlm.methods()))
-    parser.add_argument("--budget", type=yaml.safe_load, default=64, help="mean visual tokens per layer")
+    parser.add_argument("--budget", type=parse_value, default=64, help="mean visual tokens per layer")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the method; repeatable")
     parser.add_argument("--output", type=Path, default=Path("kept.png"), help="PNG or PDF to write")
     args = parser.parse_args(argv)
     try:
-        options = {k: yaml.safe_load(v) for k, _, v in (option.partition("=") for option in args.option)}
+        options = parse_options(args.option)
         method = sparsevlm.build(args.method, budget=args.budget, **options)
         model, processor = sparsevlm.load(args.model)
         still = args.picture.suffix.lower() in _STILLS

@@ -32,9 +32,10 @@ from tqdm import tqdm
 from eval import environment
 from scripts.flops_text import text
 from scripts.published import look_up
-from sparsevlm.cost.flops import Setting, first_token_gmacs, prefill_gmacs, row, with_savings
+from sparsevlm.cost.flops import first_token_gmacs, prefill_gmacs, row, with_savings
 from sparsevlm.cost.machine import code_version
 from sparsevlm.methods import method_class
+from sparsevlm.settings import Setting
 
 BUDGETS = {"llava-1.5-7b": (192, 128, 64), "llava-1.5-13b": (192, 128, 64), "video-llava-7b": (194, 135)}
 UNCOUNTED = {"cdpruner": "needs CLIP's text tower, which is no part of the model"}

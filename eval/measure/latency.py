@@ -18,7 +18,6 @@ from pathlib import Path
 import sparsevlm  # isort: skip  - before transformers: it makes torchvision importable beside a CPU-only torch
 
 import torch
-import yaml
 from tqdm import tqdm
 
 from eval import environment
@@ -26,8 +25,9 @@ from eval.errors import UserError, one_line
 from eval.measure.once import Measured, command_of, measure_once, print_result, said
 from eval.reader import LATENCY, ROWS_ONLY, Run, read_runs, setting_key
 from eval.settings import fingerprint
-from sparsevlm.cost.latency import UNPRUNED, Setting, measure
+from sparsevlm.cost.latency import UNPRUNED, measure
 from sparsevlm.models.checkpoint import find_checkpoint
+from sparsevlm.settings import Setting, parse_setting
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 def _as_asked(args: argparse.Namespace, command: str) -> str:
     """Measure what a command line asks for; settings and prompt length are by default those of the model's runs."""
     runs = [r for r in _existing(args.results) if r.model == args.model and r.task not in ROWS_ONLY]
-    settings = [parse_setting(text) for text in args.settings] or settings_of(runs)
+    settings = [_checked(text) for text in args.settings] or settings_of(runs)
     text_tokens = args.text_tokens or text_tokens_of(runs)
     if not settings or not text_tokens:
         raise UserError(
@@ -147,19 +147,14 @@ def _existing(results: Path) -> list[Run]:
     return read_runs(results) if (results / "runs").is_dir() and any((results / "runs").iterdir()) else []
 
 
-def parse_setting(text: str) -> Setting:
-    """ "sparsevlm:64:raters=all" -> ("sparsevlm", 64, {"raters": "all"}); values are YAML.
+def _checked(text: str) -> Setting:
+    """Parse a setting and see that there is such a method, option and value.
 
     Raises:
-        UserError: not of this form, or no such method, option or value.
+        UserError: there is not.
     """
-    method, _, rest = text.partition(":")
-    budget, *options = rest.split(":") if rest else [""]
-    pairs = [option.partition("=") for option in options]
-    if any(not key or not equals for key, equals, _ in pairs):
-        raise UserError(f"setting {text!r} is not method:budget[:option=value...]; write for example sparsevlm:64")
-    setting = method, yaml.safe_load(budget), {key: yaml.safe_load(value) for key, _, value in pairs}
     try:
+        setting = parse_setting(text)
         _full(setting)
     except ValueError as error:
         raise UserError(one_line(error)) from error

@@ -14,7 +14,6 @@ memory is noted, and the rest goes on. At the end `report.py` writes latency.jso
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from tqdm import tqdm
 from transformers.utils import is_flash_attn_2_available
 
 from sparsevlm.cost import memory, networks, report
-from sparsevlm.cost.flops import Setting
 from sparsevlm.cost.harness import UNPRUNED, Harness
 from sparsevlm.cost.ledger import Group, Ledger, Record
 from sparsevlm.cost.machine import machine
@@ -36,6 +34,7 @@ from sparsevlm.cost.shapes import load_config, make_prompt
 from sparsevlm.methods import build, method_class
 from sparsevlm.models.loading import DTYPES
 from sparsevlm.runtime.families import locate
+from sparsevlm.settings import Setting, parse_setting
 
 _TEXT_TOKENS = 60
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
@@ -155,27 +154,6 @@ def _check(setting: Setting, shape: str, visual: int) -> None:
     for handle in method.hooks(method.attach(family)):
         handle.remove()
     method.plan(visual, family.n_layers)
-
-
-def parse_setting(text: str) -> Setting:
-    """ "sparsevlm:64:raters=all:layers=(1, 4)" -> ("sparsevlm", 64, {"raters": "all", "layers": (1, 4)}).
-
-    Raises:
-        ValueError: not of this form.
-    """
-    name, _, rest = text.partition(":")
-    budget, *options = rest.split(":") if rest else [""]
-    pairs = [option.partition("=") for option in options]
-    if any(not key or not equals for key, equals, _ in pairs):
-        raise ValueError(f"setting {text!r} is not method:budget[:option=value...]; write for example sparsevlm:64")
-    return name, _value(budget) if budget else None, {key: _value(value) for key, _, value in pairs}
-
-
-def _value(text: str):
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _numbers(text: str, separator: str = ",") -> list[int]:

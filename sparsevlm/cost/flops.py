@@ -55,7 +55,6 @@ from sparsevlm.methods.sparsevlm import SparseVLM
 from sparsevlm.methods.sparsevlm_rank import SparseVLMRank
 
 PARTS = ("llm_prefill", "vision", "projector", "method", "decode")
-Setting = tuple[str, int | str | None, dict]
 
 
 @dataclass(frozen=True)

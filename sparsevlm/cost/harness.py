@@ -15,10 +15,11 @@ from sparsevlm.cost import memory
 from sparsevlm.cost.clocks import Mark, clock_for, cpu_ms
 from sparsevlm.cost.counters import PROJECTOR, TOWERS, Prefill, countable, torch_gmacs, without_weights
 from sparsevlm.cost.floor import floor, lengths_after
-from sparsevlm.cost.flops import Setting, lengths_entering, prefill_gmacs, split
+from sparsevlm.cost.flops import lengths_entering, prefill_gmacs, split
 from sparsevlm.cost.shapes import Prompt
 from sparsevlm.methods import build
 from sparsevlm.runtime.parts import Marks, collect, watch
+from sparsevlm.settings import Setting
 
 UNPRUNED: Setting = ("none", "full", {})
 

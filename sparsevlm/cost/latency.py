@@ -27,10 +27,10 @@ import torch
 from torch import nn
 
 from sparsevlm.cost import memory
-from sparsevlm.cost.flops import Setting
 from sparsevlm.cost.harness import UNPRUNED, Facts, Harness, Sample
 from sparsevlm.cost.shapes import make_prompt
 from sparsevlm.runtime.families import locate
+from sparsevlm.settings import Setting
 
 
 def measure(

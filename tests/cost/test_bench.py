@@ -212,13 +212,6 @@ def test_all_methods_are_those_that_the_model_can_run(capsys):
         assert {"tome", "visionzip", "sparsevlm"} <= {name for name, _, _ in work.settings}
 
 
-def test_settings_take_options():
-    assert bench.parse_setting("sparsevlm:64") == ("sparsevlm", 64, {})
-    assert bench.parse_setting("sparsevlm::keep=(9, 4):raters=all:early_drop=False") == (
-        "sparsevlm", None, {"keep": (9, 4), "raters": "all", "early_drop": False},
-    )  # fmt: skip
-
-
 def test_torch_and_transformers_are_all_it_needs(tmp_path):
     code = f"""
 import sys

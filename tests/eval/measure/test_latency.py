@@ -8,7 +8,6 @@ import yaml
 
 from eval.errors import UserError
 from eval.measure import latency
-from eval.measure.latency import parse_setting
 from eval.reader import read_run, read_runs
 from eval.results import RunFolder
 from scripts import make_tables
@@ -100,14 +99,6 @@ def test_a_failed_measurement_leaves_no_run(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         latency.main(["none:full", "--text-tokens", "12", "--results", str(tmp_path), *QUICK])
     assert not list((tmp_path / "runs").glob("[!.]*"))
-
-
-def test_settings_are_parsed_as_yaml():
-    assert parse_setting("none:full") == ("none", "full", {})
-    assert parse_setting("sparsevlm:64:raters=all") == ("sparsevlm", 64, {"raters": "all"})
-    assert parse_setting("sparsevlm::layers=[1, 2]:keep=[9, 4]") == (
-        "sparsevlm", None, {"layers": [1, 2], "keep": [9, 4]},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
