@@ -37,12 +37,19 @@ class CacheState:
         admitted: whether the call being made knows of all this.
         dropped_at_input: by how much layer 0's cache is shorter than the input (methods that act before the language
             model); 0 if only the shorter samples of a batch lost tokens, None if none did.
+        told: input tokens that had come when tokens were dropped last: what a 2D mask says of these is settled. Later
+            ones stand one after the other at the end of every layer's cache.
+        given: [B, told] bool, which of them the caller called real; None = all.
+        padded: whether some are padding.
         block: the one whose `visual_mask` marks a prompt in this cache; 0 = none (see `inputs.GivenMask`).
     """
 
     starts: list[int] = field(default_factory=lambda: [0])
     segments: list[Segment] = field(default_factory=lambda: [Segment()])
     dropped_at_input: int | None = None
+    told: int = 0
+    given: Tensor | None = None
+    padded: bool = False
     block: int = 0
     open_ended: bool = False
     pruned_by: str | None = None
@@ -64,6 +71,20 @@ class CacheState:
             self.segments.insert(i + 1, replace(self.segments[i]))
             i += 1
         return self.segments[i]
+
+    def tell(self, told: int, key_mask: Tensor | None, length: int, padded: bool) -> None:
+        """Note what a call whose `length` tokens are the last of `told` says of them: [B, told or fewer] bool."""
+        if padded and key_mask.shape[1] < told:  # made for a cache that is shorter than the input
+            new = key_mask[:, -length:]
+            key_mask = extended(self.given, told - length, new, *new.shape, new.device)
+        self.told, self.given, self.padded = told, key_mask if padded else None, padded
+
+    def hide(self, real: Tensor, cache) -> None:
+        """Take what a mask [B, n] says of the last n tokens in the cache, which came after it was pruned."""
+        for layer, segment in zip(self.starts, self.segments, strict=True):
+            new = real.to(cache.layers[layer].keys.device)
+            before = cached_length(cache, layer) - real.shape[1]
+            segment.key_mask = whole(extended(segment.key_mask, before, new, *new.shape, new.device), cache, layer)
 
     def starts_own_masks(self, layer: int) -> bool:
         """Whether a segment starts here whose masks differ from those that the model makes for layer 0."""
@@ -113,83 +134,6 @@ def whole(key_mask: Tensor | None, cache, layer: int) -> Tensor | None:
     if length is None or key_mask.shape[1] >= length:
         return key_mask
     return nn.functional.pad(key_mask, (0, length - key_mask.shape[1]), value=True)
-
-
-class _SeenTokens:
-    """`cache.get_seq_length` that counts dropped input tokens, so that generate() slices inputs and numbers right.
-
-    Asked for a layer by number, as the mask functions do, it still says what that layer holds.
-    """
-
-    def __init__(self, cache):
-        self.cache = cache
-
-    def __call__(self, layer_idx: int | None = None) -> int:
-        cache = self.cache
-        return seen_tokens(cache) if layer_idx is None else type(cache).get_seq_length(cache, layer_idx)
-
-
-def report_seen_tokens(cache) -> None:
-    """Let `cache.get_seq_length()` count dropped input tokens."""
-    cache.get_seq_length = _SeenTokens(cache)
-
-
-class _Guarded:
-    """`update` of the first layer of a pruned cache, which nothing may write to that does not know what is missing."""
-
-    def __init__(self, cache):
-        self.cache, self.layer = cache, cache.layers[0]
-
-    def __call__(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        state = state_of(self.cache)
-        if not state.admitted:
-            if int(type(self.layer).get_seq_length(self.layer)):
-                _refuse(state, None)
-            unlock(self.cache)  # it was emptied: a cache like any other
-        return type(self.layer).update(self.layer, *args, **kwargs)
-
-
-def lock(cache, method: str | None) -> None:
-    """Refuse what does not know that `method` shortened this cache; None: it failed halfway, so refuse everything."""
-    state = state_of(cache)
-    state.pruned_by, state.broken = method or state.pruned_by, state.broken or method is None
-    if cache.layers:
-        cache.layers[0].update = _Guarded(cache)
-
-
-def unlock(cache) -> None:
-    """Forget all about a cache that is empty."""
-    cache.sparsevlm = None
-    cache.__dict__.pop("get_seq_length", None)
-    if cache.layers and isinstance(cache.layers[0].__dict__.get("update"), _Guarded):
-        del cache.layers[0].update
-
-
-def admit(cache, method: str) -> CacheState | None:
-    """Let the call being made go on with a cache that the same method shortened, or an empty one.
-
-    Raises:
-        ValueError: another method did.
-    """
-    state: CacheState | None = getattr(cache, "sparsevlm", None)
-    if state is None or (state.pruned_by is None and not state.broken):
-        return None
-    if state.broken or state.pruned_by != method:
-        if cached_length(cache, 0):
-            _refuse(state, method)
-        return None
-    state.admitted = True
-    return state
-
-
-def _refuse(state: CacheState, method: str | None) -> None:
-    if state.broken:
-        raise ValueError("a call failed while this cache was being pruned, and left it half full. Use a new cache")
-    now = f"not inside that of {method}" if method is not None else "not outside it"
-    raise ValueError(
-        f"this cache was pruned by {state.pruned_by}: its layers hold different tokens. Go on with it inside a `with` "
-        f"block of that method, {now}"
-    )
 
 
 def extended(

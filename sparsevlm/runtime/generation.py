@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 import warnings
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 if TYPE_CHECKING:
     from sparsevlm.runtime.hooks import Hooks
 
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 _hooks: WeakKeyDictionary[nn.Module, Hooks] = WeakKeyDictionary()  # of models that are being pruned
 
 
@@ -83,6 +87,25 @@ def inside_generate(hooks: Hooks, original, args: tuple, kwargs: dict):
         raise
     finally:
         hooks.generating, hooks.prompt_length, hooks.prunable, hooks.own_positions = outer
+
+
+def refuse_from_above(outer: nn.Module) -> None:
+    """Refuse a call made by the generate() of a model that `outer` is a part of, where a block knows only the part.
+
+    Without a cache, say, its generated words would be taken for the prompt's.
+
+    Raises:
+        ValueError: there is such a generate() among the calling functions.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        model = frame.f_locals["self"] if frame.f_code is _GENERATE else None
+        if model is not None and any(module is outer for module in model.modules()):
+            raise ValueError(
+                f"the `with` block was entered with a part of the {type(model).__name__} whose generate() runs, so the "
+                "method does not know the prompt. Enter it with the whole model"
+            )
+        frame = frame.f_back
 
 
 def _check(hooks: Hooks, config) -> None:

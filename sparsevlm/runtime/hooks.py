@@ -17,16 +17,14 @@ from torch import Tensor, nn
 
 from sparsevlm.core.packing import take
 from sparsevlm.runtime import generation, inputs, ownership
+from sparsevlm.runtime.cache_guard import admit, lock, unlock
 from sparsevlm.runtime.cache_state import (
     CacheState,
-    admit,
     cached_length,
     extended,
-    lock,
     seen_tokens,
     state_of,
     static_length,
-    unlock,
     whole,
 )
 from sparsevlm.runtime.families import locate, unwrapped
@@ -143,6 +141,8 @@ class Hooks:
             self.visual = inputs.visual_tokens(self.family, ids)
         else:
             inputs.refuse_unmarked(embeds, cache)
+        if self.visual is not None and not self.generating and not torch.compiler.is_compiling():
+            generation.refuse_from_above(self.family.outer)
 
     def _after_call(self, module: nn.Module, args: tuple, out) -> None:
         self._forget()
@@ -151,8 +151,7 @@ class Hooks:
         """Leave nothing of a call for the next one."""
         if threading.get_ident() != self.thread:  # one that was refused
             return
-        if self.visual is not None:  # before layer 0
-            self.method.forget(self.attached)
+        self.method.forget(self.attached)
         if self.prefill is not None and self.prefill.cache is not None:  # in the middle
             lock(self.prefill.cache, None)
         self._forget()
@@ -232,6 +231,7 @@ class Hooks:
             state_of(cache).block = self.given.block
         past = seen_tokens(cache)
         held = cached_length(cache, 0)
+        self._settle_mask(self.cache_state, length, cache)
         key_mask = inputs.key_mask_of(self.mask, kwargs["attention_mask"], past, held, length)
         limit = None
         if self.prompt_length is not None and self.prompt_length > past:
@@ -241,12 +241,14 @@ class Hooks:
         self._refuse_parts(cache, length, prompt)
         if prompt is None:
             return
-        if prompt.open_ended and cache is not None:
+        if prompt.open_ended and cache is not None and not self.generating:  # generate() answers whole prompts
             stages = self.method.stages([n for n in prompt.n_visual if n], self.family.n_layers, self.attached)
             state_of(cache).open_ended = bool(stages)
         if not prompt.visual.any():
             return
         self._check_call(prompt, key_mask, held, cache)
+        if cache is not None:
+            state_of(cache).tell(past + length, key_mask, length, prompt.padded)
         if prompt.padded:
             key_mask = key_mask.to(hidden.device)
             if cache is not None:
@@ -305,10 +307,11 @@ class Hooks:
             self.step = None
             self.seen = seen_tokens(cache) if self.family.sliding else 0
             self._check_step(state, hidden.shape[1], cache)
+            self._settle_mask(self.cache_state, hidden.shape[1], cache)
         if state.starts_own_masks(i):
             segment, (batch, n) = state.at(i), hidden.shape[:2]
             new = None
-            if n > 1 and isinstance(self.mask, Tensor) and self.mask.dim() == 2:
+            if self._masks_new(n):
                 new = self.mask[:, -n:].bool().to(hidden.device)
             if new is not None or (segment.key_mask is not None and static_length(cache, i) is None):
                 cached = cached_length(cache, i)
@@ -323,6 +326,30 @@ class Hooks:
                 segment.places = torch.cat([segment.places[:, : cached_length(cache, i)].to(hidden.device), new], 1)
             self.step = SegmentMasks(self.family, segment.key_mask, cache, rope, positions, segment.places)
         return self.step
+
+    def _masks_new(self, n: int) -> bool:
+        """Whether the mask says something of the call's `n` tokens; generate() hides none that it generates."""
+        if not isinstance(self.mask, Tensor) or self.mask.dim() != 2:
+            return False
+        return n > 1 or (self.prompt_length is None and not inputs.all_real(self.mask[:, -n:]))
+
+    def _settle_mask(self, state: CacheState | None, n: int, cache) -> None:
+        """Compare what a 2D mask says of tokens that a pruned cache holds with what was known when it was pruned.
+
+        Of tokens that came later it may say anything. Nothing is done for tokens that generate() generates, and at a
+        single step of a loop of the caller's own only where the mask can be read without waiting for a device.
+        """
+        mask = self.mask
+        if state is None or not state.told or not isinstance(mask, Tensor | None):
+            return
+        if self.prompt_length is not None and (mask is None or mask.shape[1] > self.prompt_length):
+            return
+        if mask is not None and mask.dim() != 2:  # compared by `_check_step` and `_check_call`
+            return
+        inputs.check_told(mask, state, n, wait=n > 1 or self.prompt_length is not None)
+        later = None if mask is None else mask[:, state.told : -n]
+        if later is not None and later.shape[1] and not inputs.all_real(later):
+            state.hide(later.bool(), cache)
 
     def _check_step(self, state: CacheState, n: int, cache) -> None:
         """Refuse a mask of the caller's own for `n` tokens on a pruned cache, unless it says what the cache knows."""

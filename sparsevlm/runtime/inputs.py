@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsevlm.runtime.cache_state import seen_tokens
+from sparsevlm.runtime.cache_state import CacheState, seen_tokens
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.masks import padding_from
 
@@ -204,6 +204,46 @@ def _is_plain(mask, key_mask: Tensor | None, past: int, length: int, window: int
         expected = expected | ~key_mask[:, None, -length:, None]  # what padding sees does not matter
         allowed = allowed | ~key_mask[:, None, -length:, None]
     return bool((allowed == expected).all())
+
+
+def all_real(mask: Tensor) -> bool:
+    """Whether a 2D mask is known to hide nothing; False also where finding out would wait for a device."""
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(mask.numpy().all())
+
+
+def check_told(mask: Tensor | None, state: CacheState, n: int, wait: bool) -> None:
+    """Refuse a 2D mask that hides, or shows, other tokens than the one with which a cache was pruned.
+
+    Args:
+        mask: [B, past + n] attention_mask of a call that goes on with the cache; None = all are real.
+        state: of the cache.
+        n: tokens of the call.
+        wait: read a mask on a device, too.
+
+    Raises:
+        ValueError: it differs where tokens were dropped, or is missing though there is padding.
+    """
+    if mask is None:
+        if state.padded:
+            raise ValueError(
+                "this cache holds padding, and the call does not say where. Pass attention_mask for all of its tokens "
+                "and the new ones"
+            )
+        return
+    old, given = mask[:, : min(state.told, mask.shape[1] - n)].bool(), state.given
+    devices = {x.device.type for x in (old, given) if x is not None}
+    if torch.compiler.is_compiling() or "meta" in devices or not (wait or devices == {"cpu"}):
+        return
+    given = torch.ones_like(old) if given is None else given[:, : old.shape[1]]
+    if devices != {"cpu"}:
+        old, given = old.cpu(), given.cpu()
+    if not np.array_equal(old.numpy(), given.numpy()):
+        raise ValueError(
+            "attention_mask says something else of earlier tokens than when this cache was pruned, which cannot be "
+            "followed: some of them are gone. Pass the same mask, longer, or start with a new cache"
+        )
 
 
 def key_mask_of(mask, layer_mask, past: int, held: int, length: int) -> Tensor | None:

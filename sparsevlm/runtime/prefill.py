@@ -14,12 +14,12 @@ from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.recycling import recycled_counts
 from sparsevlm.core.scores import causal_bias, rank_by_score
 from sparsevlm.runtime import records
+from sparsevlm.runtime.cache_guard import report_seen_tokens
 from sparsevlm.runtime.cache_state import (
     Segment,
     cached_length,
     earlier_state,
     extended,
-    report_seen_tokens,
     state_of,
     whole,
 )

@@ -291,3 +291,91 @@ def test_pixels_of_a_wrong_shape():
             with pytest.raises(ValueError, match="Input image size"):
                 model(**x | {"pixel_values": x["pixel_values"][..., :35]})
             assert torch.equal(model(**words).logits, text)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_generate_of_a_model_whose_part_is_pruned(name):
+    model, text = llava(), LlamaForCausalLM(text_config()).eval()
+    x, _ = inputs("one", model)
+    with METHODS[name]()(model):
+        want = model.model(**x).last_hidden_state
+    with METHODS[name]()(model.model):
+        for options in ({}, {"use_cache": False}, {"num_beams": 2, "output_logits": False}):
+            with pytest.raises(ValueError, match="a part of the LlavaForConditionalGeneration whose generate.. runs"):
+                model.generate(**x, **GENERATE | options)
+        assert torch.equal(model.model(**x).last_hidden_state, want)
+        generated = []
+
+        def another(ids, scores):  # a generate() of a model that has nothing to do with it
+            generated.append(model.model(**x).last_hidden_state)
+            return scores
+
+        text.generate(torch.tensor([[5]]), max_new_tokens=1, logits_processor=[another], pad_token_id=0)
+        assert torch.equal(generated[0], want)
+    visual = torch.arange(20)[None] < 12
+    with sparsevlm.build("random", budget=4)(text.model, visual_mask=visual):
+        with pytest.raises(ValueError, match="a part of the LlamaForCausalLM .* Enter it with the whole model"):
+            text.generate(inputs_embeds=torch.randn(1, 20, 64), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_the_block_ends_however_it_is_left(name):
+    model = llava()
+    x, _ = inputs("one", model)
+    plain = model(**x).logits
+    before = [(type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    want = pruned(model, METHODS[name](), x)
+
+    def interrupt(ids, scores):
+        raise KeyboardInterrupt
+
+    for error, act in (
+        (KeyboardInterrupt, lambda: model.generate(**x, **GENERATE, logits_processor=[interrupt])),
+        (ZeroDivisionError, lambda: 1 / 0),
+    ):
+        with pytest.raises(error):
+            with METHODS[name]()(model):
+                model(**x)
+                act()
+        assert [(type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == before
+        assert torch.equal(model(**x).logits, plain) and torch.equal(pruned(model, METHODS[name](), x), want)
+    with METHODS[name]()(model):
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**x, **GENERATE, logits_processor=[interrupt])
+        assert torch.equal(model(**x).logits, want)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_saving_a_whole_model(name, tmp_path):
+    model = llava()
+    x, _ = inputs("one", model)
+    copied = copy.deepcopy(model)
+    torch.save(model, tmp_path / "before.pt")
+    with METHODS[name]()(model) as trace:
+        want = model(**x).logits
+        with pytest.raises(ValueError, match="a copy would keep its hooks"):
+            torch.save(model, tmp_path / "inside.pt")
+        torch.save(model.state_dict(), tmp_path / "state.pt")
+        shown = pickle.loads(pickle.dumps(trace))
+        assert torch.equal(shown.prefills[0].stages[0].kept[0], trace.prefills[0].stages[0].kept[0])
+    loaded = torch.load(tmp_path / "before.pt", weights_only=False)
+    loaded.load_state_dict(torch.load(tmp_path / "state.pt"))
+    for other in (copied, copy.deepcopy(model), loaded):
+        assert torch.equal(pruned(other, METHODS[name](), x), want)
+        assert torch.equal(other(**x).logits, model(**x).logits)
+
+
+@torch.no_grad()
+def test_what_was_announced_is_forgotten_when_a_later_check_fails():
+    """Pictures that the caller encodes himself afterwards are nobody's."""
+    model = llava()
+    x, _ = inputs("batch", model)
+    with METHODS["divprune"]()(model, visual_mask=x["input_ids"] == 98):
+        want = model.model.get_image_features(x["pixel_values"][:2]).pooler_output
+        with pytest.raises(ValueError, match="visual_mask has 3 rows, the input 2"):
+            model(**{k: v[:2] for k, v in x.items()})
+        again = model.model.get_image_features(x["pixel_values"][:1]).pooler_output
+    same(again[0], want[0])
