@@ -128,17 +128,15 @@ class VisionMethod(Method):
         encodings = [] if prefill.attached is None else list(prefill.attached.last.values())
         if not encodings or any(e.prompts is None for e in encodings):
             return
-        samples = []
-        for b in range(prefill.batch):
-            own = [(e, p) for e in encodings if e.prompts[p := b * len(e.prompts) // prefill.batch]]
-            if len(own) > 1:
-                return  # images and video in one prompt: their order is not known here
-            samples.append(own[0] if own else None)
+        samples = [
+            [(e, p) for e in encodings if e.prompts[p := b * len(e.prompts) // prefill.batch]]
+            for b in range(prefill.batch)
+        ]
         default = record._details
         if record.layer >= 0:
             record._details = partial(_later_details, default, samples)
             return
-        record.recycled = [0 if s is None else s[0].extra(s[1]) for s in samples]
+        record.recycled = [sum(e.extra(p) for e, p in sample) for sample in samples]
         record._details = partial(_details, default, samples)
 
 
@@ -152,17 +150,37 @@ def _made(vision: Vision, batch: int, b: int, n_visual: int) -> int | None:
     return total
 
 
-def _details(default: Callable, samples: list[tuple[Encoding, int] | None]) -> tuple[list, list, list]:
+Sample = list[tuple[Encoding, int]]  # what was made of a prompt's images and of its video, and its number there
+
+
+def _details(default: Callable, samples: list[Sample]) -> tuple[list, list, list]:
     """Return scores, kept and origin per sample, as in `StageRecord`."""
     scores, kept, origin = default()
     for b, sample in enumerate(samples):
-        if sample is not None:
-            scores[b], kept[b] = sample[0].trace(sample[1])
-            origin[b] = kept[b]
+        if not sample:
+            continue
+        made = [(*e.trace(p), _places(e, p)) for e, p in sample]
+        kept[b] = origin[b] = torch.cat([places[k] for _, k, places in made]).sort().values
+        known = [s for s, _, _ in made if s is not None]
+        order = torch.cat([places for *_, places in made]).argsort()
+        scores[b] = torch.cat(known)[order.to(known[0].device)] if len(known) == len(made) else None
     return scores, kept, origin
 
 
-def _later_details(default: Callable, samples: list[tuple[Encoding, int] | None]) -> tuple[list, list, list]:
+def _later_details(default: Callable, samples: list[Sample]) -> tuple[list, list, list]:
     """Return the same for a stage inside the language model, which knows tokens by their slots."""
     scores, kept, origin = default()
-    return scores, kept, [o if s is None else s[0].origins(s[1])[o] for o, s in zip(origin, samples, strict=True)]
+    for b, sample in enumerate(samples):
+        if not sample:
+            continue
+        tokens = torch.full((sum(len(_places(e, p)) for e, p in sample),), -1)
+        for e, p in sample:
+            places, own = _places(e, p), e.origins(p)
+            tokens[places] = torch.where(own < 0, -1, places[own])
+        origin[b] = tokens[origin[b]]
+    return scores, kept, origin
+
+
+def _places(e: Encoding, p: int) -> Tensor:
+    """[n] int64: the visual tokens of prompt p that were encoded there, among all of its visual tokens."""
+    return torch.arange(e.prompts[p] * e.tower.tokens) if e.places is None else e.places[p]

@@ -125,7 +125,12 @@ class AIM(VisionMethod):
 
     def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
         if self.merge_to is not None:
-            return [check_budget(self.merge_to, size) for size in sizes]
+            if sizes and self.merge_to > min(sizes):
+                raise ValueError(
+                    f"merge_to {self.merge_to} is above the {min(sizes)} visual tokens of a picture (a frame) of this "
+                    f"prompt; use at most {min(sizes)}, or a budget, which pictures share"
+                )
+            return [self.merge_to] * len(sizes)
         budget, total = check_budget(self.budget, sum(sizes)), sum(sizes)
         return list(sizes) if budget == total else share(self._merged(budget, total, n_layers), sizes)
 
@@ -134,7 +139,7 @@ class AIM(VisionMethod):
             return Schedule(n_visual, n_layers, (), (), (), ())
         if self.merge_to is None:
             return self._schedule(self._merged(self.budget, n_visual, n_layers), n_visual, n_layers)
-        return self._schedule(self.merge_to * max(1, round(n_visual / size)), n_visual, n_layers)
+        return self._schedule(sum(self.spend([size] * max(1, round(n_visual / size)), n_layers)), n_visual, n_layers)
 
     # ---- merging ---------------------------------------------------------------------------------------------------
     def tower_hooks(self, vision: Vision, tower: Tower) -> list[RemovableHandle]:

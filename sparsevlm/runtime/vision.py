@@ -115,6 +115,7 @@ class Encoding:
     Attributes:
         counts: tokens per picture.
         prompts: number of pictures of each prompt, None = unknown.
+        places: per prompt [n] int64, which of all its visual tokens those of this kind are; None = all.
         groups: pictures by equal counts; empty if no picture loses anything.
         reduced: per group.
     """
@@ -122,6 +123,7 @@ class Encoding:
     tower: Tower
     counts: list[int]
     prompts: list[int] | None
+    places: list[Tensor] | None = None
     groups: list[list[int]] = field(default_factory=list)
     reduced: list[Reduced] = field(default_factory=list)
 
@@ -188,6 +190,7 @@ class Vision:
         self.tokens = max(t.tokens for t in self.towers)
         self.pictures: list[dict[str, int]] | None = None  # of each prompt, by kind, as announced
         self.announced = False
+        self.places: dict[str, list[Tensor]] = {}  # by kind, as `Encoding.places`; empty where there is one kind only
         self.last: dict[str, Encoding] = {}
         self.encoding: Encoding | None = None
         self.captured: dict[str, Tensor] = {}
@@ -223,10 +226,16 @@ class Vision:
     def announce(self, ids: Tensor) -> None:
         """Count the pictures of each prompt of [B, L] ids. Waits for the device unless there is nothing to find out."""
         config, kinds = self.family.outer.config, {t.kind: t for t in self.towers}
-        self.announced, self.pictures, self.last = True, None, {}
+        self.announced, self.pictures, self.last, self.places = True, None, {}, {}
         if ids.device.type == "meta" or (ids.shape[0] == 1 and len(kinds) == 1):
             return  # all pictures belong to the one prompt
-        rows = torch.stack([(ids == getattr(config, f"{kind}_token_id")).sum(1) for kind in kinds], 1).tolist()
+        marks = torch.stack([ids == getattr(config, f"{kind}_token_id") for kind in kinds])
+        if len(kinds) > 1:
+            marks = marks.cpu()
+            ranks = marks.any(0).cumsum(1) - 1
+            for kind, mark in zip(kinds, marks, strict=True):
+                self.places[kind] = [rank[own] for rank, own in zip(ranks, mark, strict=True)]
+        rows = marks.sum(2).T.tolist()
         sizes = [t.tokens for t in kinds.values()]
         self.pictures = [
             dict(zip(kinds, (c // s for c, s in zip(row, sizes, strict=True)), strict=True)) for row in rows
@@ -268,7 +277,9 @@ class Vision:
         self.check_call({} if isinstance(layer, bool) else {"vision_feature_layer": layer})
         self.captured = {}
         counts, prompts = self._counts(tower, pixels.shape[0])
-        self.encoding = self.last[tower.kind] = Encoding(tower, counts, prompts)
+        self.encoding = self.last[tower.kind] = Encoding(
+            tower, counts, prompts, self.places.get(tower.kind) if prompts is not None else None
+        )
 
     def _make(self, features: Tensor) -> Encoding:
         e = self.encoding

@@ -103,11 +103,6 @@ class Case:
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
-    @property
-    def mixed(self) -> bool:
-        """Whether a prompt has an image and a video. For vision methods the trace then tells which slots rows took."""
-        return any({"I", "V"} <= set(parts) for parts in (*self.rows, self.turn or ()))
-
     def visual(self, parts: tuple) -> int:
         """Visual tokens of a prompt."""
         return sum(self.shape.tokens(p) for p in parts if isinstance(p, str))

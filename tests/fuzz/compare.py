@@ -72,7 +72,7 @@ def refusals(case: Case) -> list[str]:
     if case.method in VISION and (case.shape.kind == "text" or case.entry != "ids"):
         out += ["acts in the vision tower or the projector", "acts while pictures are encoded"]
     if case.method == "aim":
-        out += [r"first layer \d+ comes after", "visual tokens of this input"]
+        out += [r"first layer \d+ comes after", r"merge_to \d+ is above"]
         out += ["a prompt of nothing else"] if any(case.visual(p) == case.length(p) for p in turns) else []
     return out
 
@@ -285,7 +285,7 @@ def check_alone(run: Run, together: Outcome) -> None:
         outcome = own.run()
         Comparison(own, outcome).check()
         for mine, theirs in zip(outcome.records, together.records, strict=True):
-            if not mine or (run.case.mixed and run.case.method in VISION):
+            if not mine:
                 continue
             stages = {s.layer: s for s in theirs[0].stages}
             for stage in mine[0].stages:

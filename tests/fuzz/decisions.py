@@ -212,8 +212,13 @@ def dart(case: Case, c: Conversation, part: Part, cut: Cut) -> None:
         raise Mismatch(f"layer {cut.layer}: kept {cut.kept}, should be {sorted(chosen)}")
 
 
-def aim(case: Case, c: Conversation, part: Part, cut: Cut) -> Tensor:
-    """Importance by steps of sharpened attention among the rows of the prompt."""
+def aim(case: Case, c: Conversation, part: Part, cut: Cut) -> Tensor | None:
+    """Importance by steps of sharpened attention among the rows of the prompt.
+
+    Of start="all" the first stage only: later ones depend on rows that were dropped, which go on beside the others.
+    """
+    if case.options.get("start", "all") == "all" and cut.layer > min(x.layer for x in part.cuts if x.layer >= 0):
+        return None
     rows = [i for i in c.alive.nonzero()[:, 0].tolist() if part.start <= i < part.end]
     flow = attention(c, cut.layer, c.entered, rows)[:, :, rows].double()
     flow = (flow.log() / case.options.get("temperature", 0.1)).softmax(-1)

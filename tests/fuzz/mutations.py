@@ -15,7 +15,7 @@ import torch
 
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods import _vision, sparsevlm
-from sparsevlm.runtime import early, hooks, prefill, rows, stage
+from sparsevlm.runtime import early, hooks, inputs, prefill, rows, stage
 from sparsevlm.runtime.cache_state import CacheState, Segment, extended, state_of
 from sparsevlm.runtime.masks import SegmentMasks
 from tests.fuzz.__main__ import run_chunk
@@ -78,16 +78,17 @@ def misaligned_text(patch):
 @mutation
 def recycled_elsewhere(patch):
     """Merged tokens come at the place of their centre where they belong to the end, and the other way round."""
+
+    class Turned:
+        def __init__(self, method, recycled_at: str):
+            self.merge_tokens, self.recycled_at = method.merge_tokens, recycled_at
+
     for form in (rows.Block, rows.Scattered):
         merge = form.merge
 
         def turned(self, d, hidden, source, method, *rest, merge=merge):
-            old = method.recycled_at
-            method.recycled_at = {"end": "centre", "centre": "end"}[old]
-            try:
-                return merge(self, d, hidden, source, method, *rest)
-            finally:
-                method.recycled_at = old
+            other = {"end": "centre", "centre": "end"}[method.recycled_at]
+            return merge(self, d, hidden, source, Turned(method, other), *rest)
 
         patch.setattr(form, "merge", turned)
 
@@ -127,16 +128,16 @@ def early_keys_shortened(patch):
 @mutation
 def beams_tiled(patch):
     """The visual mask is repeated prompt after prompt, while beams are repeated within prompts."""
-    given = hooks.Hooks._given
+    given = inputs.GivenMask.of
 
-    def tiled(self, tokens, cache):
-        out = given(self, tokens, cache)
-        if out is None or out.shape[0] == self.given_mask.shape[0]:
+    def tiled(self, *arguments):
+        out = given(self, *arguments)
+        if out is None or out.shape[0] == self.mask.shape[0]:
             return out
-        count = self.given_mask.shape[0]
+        count = self.mask.shape[0]
         return out.view(count, -1, out.shape[1]).transpose(0, 1).flatten(0, 1)
 
-    patch.setattr(hooks.Hooks, "_given", tiled)
+    patch.setattr(inputs.GivenMask, "of", tiled)
 
 
 @mutation

@@ -76,7 +76,7 @@ def check_rows(case: Case, turn: Turn, b: int, parts: tuple, entered: Tensor, ke
         given = entered[[visual[s] for s in slots]]
         if bool((given[:count] == 0).all(1).any()) or bool(given[count:].any()):
             raise Mismatch(f"{count} of {size} slots of a picture should be filled: {given.abs().sum(1).tolist()}")
-        if case.method in SELECTING and not case.mixed:
+        if case.method in SELECTING:
             chosen = [k for k in kept if slots[0] <= k <= slots[-1]]
             want = turn.embeds[b][[visual[k] for k in chosen]]
             if len(chosen) != count or not torch.allclose(given[:count], want, rtol=0, atol=_close(case, want)):

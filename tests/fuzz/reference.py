@@ -140,8 +140,8 @@ class Conversation:
         return self.alive & (self.order <= self.order[:, None])
 
     def near(self, layer: int) -> Tensor:
-        """[T, T] bool: what a layer's sliding window lets rows look at, counted in the tokens of the conversation."""
-        config, row = self.decoder.config, torch.arange(len(self.alive))
+        """[T, T] bool: what a layer's sliding window lets rows look at, counted in positions."""
+        config, row = self.decoder.config, self.positions
         window = getattr(config, "sliding_window", None)
         types = getattr(config, "layer_types", None)
         if window is None or (types is not None and types[layer] != "sliding_attention"):

@@ -25,6 +25,7 @@ CHOICES = {
     "sparsevlm_rank": {
         "rule": ["paper", "v1.0", "video"], "lam": [0.3, 0.9, 1.0], "scale": [0.7, 2.0], "bias": [0, 1, 3],
     },
+    "aim": {"start": ["all", "kept"]},
     "dart": {"match": ["leaving", "entering"], "visual_pivots": [1, 2, 4], "text_pivots": [0, 1, 4]},
     "downsample": {"of": ["picture", "features"]},
     "fastv": {"match": ["leaving", "entering"], "early_drop": [True, False]},
@@ -147,7 +148,7 @@ def cases(draw, windows: bool = False) -> Case:
     """Any case.
 
     Args:
-        windows: sliding windows, too, counted in tokens of the unpruned conversation.
+        windows: sliding windows, too, counted in positions.
     """
     name = draw(st.sampled_from([n for n in names() if n != "cdpruner"] + list(OWN)))
     shape = draw(shapes(name in VISION))

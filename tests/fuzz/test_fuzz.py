@@ -6,12 +6,29 @@ from collections import Counter
 
 import pytest
 
+import sparsevlm
 from tests.fuzz.__main__ import main, run_chunk
 from tests.fuzz.case import Case, Shape
 from tests.fuzz.compare import check
 
 FOUR = Shape(grid=4)
+BOTH = Shape(kind="video_llava", grid=2, layers=5)
 FOUND = {
+    "one word after a prompt that is a picture, and a turn": Case(
+        Shape(grid=1, layers=2), method="sparsevlm_rank", options={"lam": 0.3}, rows=(("I",),), turn=("I", 1), steps=1
+    ),
+    "a window shorter than what was dropped": Case(
+        Shape(family="mistral", grid=2, layers=2, window=2), method="divprune", options={"budget": 1}, rows=(("I",),)
+    ),
+    "a video before an image": Case(
+        BOTH, method="fastervlm", options={"budget": 9}, rows=((2, "V", 1, "I", 3), ("I", "V", 2)), alone=True
+    ),
+    "the same for tokens merged and dropped later": Case(
+        BOTH, method="aim", options={"merge_to": 2, "first": 1, "last": 2, "start": "kept"}, rows=((2, "V", 1, "I", 3),)
+    ),
+    "dropped tokens that have a share in the ranking": Case(
+        BOTH, method="aim", options={"merge_to": 2, "first": 1, "last": 2}, rows=((2, "V", 1, "I", 3),), mode="manual"
+    ),
     "a picture after a turn of text": Case(
         FOUR, options={"layers": (0, 2), "keep": (6, 3)}, rows=((5,), (3,)), turn=(2, "I", 2), mode="manual"
     ),
@@ -38,6 +55,13 @@ def test_found_before(name):
 def test_a_prompt_that_would_lose_every_token_is_refused():
     case = Case(Shape(kind="video_llava", grid=2), method="aim", options={"budget": 1}, rows=(("I",), (1, "I")))
     assert "a prompt of nothing else" in check(case)
+
+
+def test_pictures_smaller_than_what_they_shall_be_merged_into():
+    case = Case(BOTH, method="aim", options={"merge_to": 5, "first": 1, "last": 2}, rows=((1, "V", "I", 2),))
+    assert "merge_to 5 is above the 4 visual tokens of a picture (a frame) of this prompt; use at most 4" in check(case)
+    with pytest.raises(ValueError, match="merge_to 700 is above the 576 visual tokens"):
+        sparsevlm.build("aim", merge_to=700).plan(576, 32)
 
 
 def test_random_cases():

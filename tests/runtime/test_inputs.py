@@ -66,6 +66,34 @@ def test_embedded_video_beside_an_image():
         same(*(logits(model.generate(**given, **GENERATE)) for given in (x, embedded(model, x))))
 
 
+@pytest.mark.parametrize("name", ["fastervlm", "divprune", "vispruner"])
+@torch.no_grad()
+def test_an_image_and_a_video_in_one_prompt_are_traced(name):
+    """In either order: what the trace says is kept is what the model itself makes of these tokens."""
+    model = video_llava()
+    torch.manual_seed(3)
+    ids, mask = pad([prompt([4, "V", 2, "I", 8], n_image=16), prompt([2, "I", "V", 5], n_image=16)])
+    x = {
+        "input_ids": ids, "attention_mask": mask, "pixel_values_images": torch.randn(2, 3, 28, 28, dtype=model.dtype),
+        "pixel_values_videos": torch.randn(2, 8, 3, 28, 28, dtype=model.dtype),
+    }  # fmt: skip
+    entered = []
+    decoder = model.model.language_model
+    handle = decoder.register_forward_pre_hook(lambda m, a, k: entered.append(k["inputs_embeds"]), with_kwargs=True)
+    model(**x)
+    with sparsevlm.build(name, budget=40)(model) as trace:
+        model(**x)
+    handle.remove()
+    whole, pruned = entered
+    stage = trace.prefills[0].stages[0]
+    for b, row in enumerate(ids):
+        visual = row >= IMAGE
+        assert torch.equal(stage.kept[b], stage.origin[b]) and len(stage.kept[b]) == 40
+        if stage.scores[b] is not None:
+            assert len(stage.scores[b]) == 152
+        same(whole[b, visual][stage.kept[b]], pruned[b, visual][(pruned[b, visual] != 0).any(-1)])
+
+
 def test_embeddings_hide_the_question_of_cdpruner():
     model = llava()
     x, _ = inputs("one", model)
