@@ -162,6 +162,7 @@ def test_stage_two_trains_everything_and_the_tower_slowly():
     assert max(tower) < min(rate for key, rate in rates.items() if rate not in tower)
 
 
+@pytest.mark.slow
 def test_scores_of_the_shipped_model_are_high_and_of_a_fresh_one_low(shipped):
     """Teacher-forced exact match, 12 pictures of unseen digits (.84 by generation when it was trained)."""
     shipped.set_attn_implementation("eager")
@@ -178,6 +179,7 @@ def test_plan_uses_the_whole_run(plan):
     assert sum(phase.step_share for phase in plan) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_model(tmp_path, shipped):
     """Its head is kept, and with no step taken its weights are the initial ones."""
     plan = (Phase("answer", BatchShape(8, 2, 2), 1.0, 1.0),)
@@ -205,6 +207,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, monkeypatch):
     settings = Settings(seed=3, steps=5, precision="float32")
     straight = TrainingRun(tmp_path / "straight", settings, CPU, plan=TINY)
@@ -237,6 +240,7 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "broken" / "learning_curve.json").read_text()) == broken.state.curve
 
 
+@pytest.mark.slow
 def test_a_run_in_minutes_ends_in_time_and_a_finished_one_does_nothing(tmp_path):
     settings = Settings(minutes=0.03)
     run = TrainingRun(tmp_path, settings, CPU, plan=TINY)
