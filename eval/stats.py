@@ -19,10 +19,13 @@ def bootstrap_means(values: Sequence[float], draws: int = DRAWS, seed: int = 0) 
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or not len(x):
         raise ValueError(f"the bootstrap needs a list of numbers, not an array of shape {x.shape}")
-    rng = np.random.default_rng(seed)
-    rows = max(1, _CHUNK // len(x))
-    parts = [x[rng.integers(0, len(x), (min(rows, draws - i), len(x)))].mean(1) for i in range(0, draws, rows)]
-    return np.concatenate(parts)
+    if len(x) == 1:  # scipy refuses it; every resample is the value
+        return np.repeat(x, draws)
+    from scipy.stats import bootstrap
+
+    batch = max(1, _CHUNK // len(x))
+    found = bootstrap((x,), np.mean, n_resamples=draws, batch=batch, method="percentile", rng=seed)
+    return found.bootstrap_distribution
 
 
 def bootstrap_ci(

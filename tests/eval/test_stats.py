@@ -33,6 +33,17 @@ def test_seeded_and_independent_of_how_draws_are_chunked(monkeypatch):
     assert chunked == pytest.approx(whole)
 
 
+@pytest.mark.parametrize("n", [1, 2, 50, 2000])
+def test_resamples_are_those_of_numpys_generator(n):
+    """The intervals of all results: the generator's seed and the order of its draws."""
+    values = np.random.default_rng(1).standard_normal(n)
+    drawn = np.random.default_rng(0).integers(0, n, (10_000, n))
+    means = values[drawn].mean(1)
+    assert np.array_equal(bootstrap_means(values), means)
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert bootstrap_ci(values) == (values.mean(), low, high)
+
+
 def test_no_values():
     with pytest.raises(ValueError, match="needs a list of numbers"):
         bootstrap_ci([])
