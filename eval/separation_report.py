@@ -18,6 +18,7 @@ import pandas as pd
 from eval.separation import Setting
 from eval.stats import bootstrap_ci, paired_difference
 from eval.tasks.minivqa.utils import LANGUAGE_CONTROL
+from sparsevlm.markdown import markdown_table
 
 MATCHED = Setting("random_layer", options={"match": "sparsevlm"})
 #: (this, minus that, what the difference says), at equal budgets.
@@ -174,20 +175,20 @@ def control_text(outcomes: Iterable[Outcome]) -> str:
 
 
 def _overall(by_key, labels, budgets) -> str:
-    lines = [["method", *budgets], ["---", *["---:"] * len(budgets)]]
+    lines = []
     for control in ("none", "blind"):
         if outcome := by_key.get((control, None)):
             lines.append([f"**{control}**: {cell(outcome)}", *[""] * len(budgets)])
     for label in labels:
         cells = [by_key.get((label, budget)) for budget in budgets]
         lines.append([label, *("refused" if c is None else cell(c) for c in cells)])
-    return table(lines)
+    return markdown_table(["method", *budgets], lines)
 
 
 def cell(outcome: Outcome) -> str:
     """Accuracy in percent with its interval and, behind a bar, the share of the answer's tokens kept."""
     mean, low, high = (100 * v for v in bootstrap_ci(list(outcome.right.values())))
-    share = "" if outcome.kept is None else f" \\| {100 * outcome.kept:.0f} %"
+    share = "" if outcome.kept is None else f" | {100 * outcome.kept:.0f} %"
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]{share}"
 
 
@@ -200,7 +201,7 @@ def difference(this: Outcome | None, that: Outcome | None) -> str:
 
 
 def _contrasts(by_key, budgets) -> str:
-    lines = [["difference", *budgets, "what it says"], ["---", *["---:"] * len(budgets), "---"]]
+    lines = []
     pairs = [
         (None, Setting("random"), "what pruning at random costs"),
         (None, Setting("oracle"), "what knowing the place leaves to lose"),
@@ -212,15 +213,15 @@ def _contrasts(by_key, budgets) -> str:
             b = by_key.get((that.label, budget))
             cells.append(difference(a, b))
         lines.append([f"{this.label if this else 'none'} - {that.label}", *cells, meaning])
-    return table(lines)
+    return markdown_table(["difference", *budgets, "what it says"], lines, left=(0, len(budgets) + 1))
 
 
 def _by_type(by_key, labels, types, budget) -> str:
-    lines = [["method", *types], ["---", *["---:"] * len(types)]]
+    lines = []
     for key in (("none", None), ("blind", None), *((label, budget) for label in labels)):
         if outcome := by_key.get(key):
             lines.append([key[0], *(f"{outcome.accuracy(name):.0f}" for name in types)])
-    return table(lines)
+    return markdown_table(["method", *types], lines)
 
 
 def rater_words(by_key, budgets) -> str:
@@ -237,11 +238,6 @@ def rater_words(by_key, budgets) -> str:
 def _refusals(outcomes) -> str:
     lines = [f"- {o.label} at {o.budget}: {o.content['refused']}" for o in outcomes if "refused" in o.content]
     return "## Refused\n\n" + "\n".join(lines) if lines else ""
-
-
-def table(lines: list[list]) -> str:
-    """Markdown of the lines' cells."""
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 if __name__ == "__main__":

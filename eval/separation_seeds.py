@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from eval.separation import Setting
-from eval.separation_report import Outcome, cell, control_text, difference, rater_words, read, table
+from eval.separation_report import Outcome, cell, control_text, difference, rater_words, read
+from sparsevlm.markdown import markdown_table
 
 PAPER, ALL = Setting("sparsevlm"), Setting("sparsevlm", options={"raters": "all"})
 CENTRED, PICTURE, CHANCE = Setting("sparsevlm", options={"raters": "centred"}), Setting("saliency"), Setting("random")
@@ -73,11 +74,11 @@ def report(trainings: dict[str, Outcomes]) -> str:
 
 
 def _trainings(trainings) -> str:
-    lines = [["training", "weights", "unpruned", "blind"], ["---", "---", "---:", "---:"]]
+    lines = []
     for name, outcomes in trainings.items():
         whole, blind = outcomes["none", None], outcomes["blind", None]
         lines.append([name, whole.content["weights"], cell(whole), cell(blind)])
-    return table(lines)
+    return markdown_table(["training", "weights", "unpruned", "blind"], lines, left=2)
 
 
 def _accuracy(trainings, budget: int) -> str:
@@ -88,11 +89,11 @@ def _accuracy(trainings, budget: int) -> str:
         "all words": ALL,
         "the picture as rater": PICTURE,
     }
-    lines = [["training", *chosen], ["---", *["---:"] * len(chosen)]]
+    lines = []
     for name, outcomes in trainings.items():
         found = [outcomes.get((setting.label, budget)) for setting in chosen.values()]
         lines.append([name, *("not run" if outcome is None else cell(outcome) for outcome in found)])
-    return table(lines)
+    return markdown_table(["training", *chosen], lines)
 
 
 def _differences(trainings, budget: int) -> str:
@@ -102,11 +103,11 @@ def _differences(trainings, budget: int) -> str:
         "centred - all words": (CENTRED, ALL),
         "all words - the picture": (ALL, PICTURE),
     }
-    lines = [["training", *pairs], ["---", *["---:"] * len(pairs)]]
+    lines = []
     for name, outcomes in trainings.items():
         found = [(outcomes.get((a.label, budget)), outcomes.get((b.label, budget))) for a, b in pairs.values()]
         lines.append([name, *(difference(a, b) for a, b in found)])
-    return table(lines)
+    return markdown_table(["training", *pairs], lines)
 
 
 def _named(argument: str) -> tuple[str, Path]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from sparsevlm.cost.flops import cells, markdown
+from sparsevlm.cost.flops import cells
+from sparsevlm.markdown import markdown_of_records
 
 
 def text(result: dict, uncounted: dict[str, str]) -> str:
@@ -24,7 +25,7 @@ def text(result: dict, uncounted: dict[str, str]) -> str:
         printed = [cells(row) for row in result["rows"] if row["model"] == model]
         for cell in printed:
             del cell["model"]
-        out.append(f"## {model}\n\n{markdown(printed, 2)}\n")
+        out.append(f"## {model}\n\n{markdown_of_records(printed, 2)}\n")
     if "paper" in result:
         out.append(paper_text(result))
     return "\n".join(out)
@@ -61,8 +62,8 @@ def paper_text(result: dict) -> str:
         "the recycling. Both counts are of the prefill: the language model with its head and the method's own work. "
         "*counted, plain*: fvcore, every row of a pruning layer computed, as in the authors' code; "
         "*counted*: the default, with early drop.\n\n"
-        + markdown(rows, 2)
+        + markdown_of_records(rows, 2)
         + "\n\n## The paper's claims\n\nSavings of the prefill by SparseVLM, its own work included.\n\n"
-        + markdown(claims, 3)
+        + markdown_of_records(claims, 3)
         + "\n"
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from sparsevlm.markdown import markdown_table
+
 NOT_RUN = "not run"
 NOT_JUDGED = "not judged"  # the answers are there, but no language model scored them
 NOTHING = "–"  # nobody published it
@@ -89,15 +91,7 @@ def write(table: Table, folder: Path) -> list[Path]:
 
 def markdown(table: Table) -> str:
     """A table in GitHub's Markdown, caption first; numbers are right-aligned."""
-    right = " ---: |" * (len(table.columns) - table.header)
-    lines = [
-        table.caption,
-        "",
-        "| " + " | ".join(table.columns) + " |",
-        "|" + " --- |" * table.header + right,
-        *("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in table.texts),
-    ]
-    return "\n".join(lines) + "\n"
+    return f"{table.caption}\n\n{markdown_table(table.columns, table.texts, table.header)}\n"
 
 
 def csv(table: Table) -> str:

@@ -19,8 +19,8 @@ from pathlib import Path
 if not __package__:  # started as a file: import from the repository's root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sparsevlm.cost.flops import markdown
 from sparsevlm.cost.report import name_of
+from sparsevlm.markdown import markdown_of_records
 
 ROOT = Path(__file__).resolve().parents[1]
 _MARK = re.compile(r"<!-- (?P<name>[a-z]+) -->\n.*?<!-- end -->\n", re.DOTALL)
@@ -117,7 +117,7 @@ def _latency(reference: Path) -> str:
         for row in rows
         if row["shape"].startswith("llama-") and row["method"] != "none"
     ]
-    return markdown(cells, left=2)
+    return markdown_of_records(cells, left=2)
 
 
 DOCUMENTS: dict[str, dict[str, Callable[[Path], str]]] = {

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from eval import environment
 from eval.measure.once import command_of
+from sparsevlm.markdown import markdown_table
 
 _ROOT = Path(__file__).resolve().parents[2]
 METHODS, BUDGETS = ("random", "fastv", "sparsevlm"), (192, 128, 64)
@@ -103,8 +104,8 @@ def scores(results: Path) -> dict[str, list]:
 def table(record: dict) -> str:
     """As Markdown."""
     rows = {"9 single runs": record["sum_of_single_runs"], "one sweep": record["sweep"], "ratio": record["ratio"]}
-    lines = [f"| {name} | {t['cpu_s']:.2f} | {t['wall_s']:.2f} |" for name, t in rows.items()]
-    return "\n".join(["| | CPU s | wall s |", "| --- | ---: | ---: |", *lines])
+    lines = [[name, f"{t['cpu_s']:.2f}", f"{t['wall_s']:.2f}"] for name, t in rows.items()]
+    return markdown_table(["", "CPU s", "wall s"], lines)
 
 
 if __name__ == "__main__":

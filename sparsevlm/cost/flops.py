@@ -49,6 +49,7 @@ from sparsevlm.cost.counters import (
     tower_names,
 )
 from sparsevlm.cost.shapes import PUBLISHED, load_config, make_prompt
+from sparsevlm.markdown import markdown_of_records
 from sparsevlm.methods import build
 from sparsevlm.methods.base import Method
 from sparsevlm.methods.sparsevlm import SparseVLM
@@ -247,13 +248,6 @@ def cells(row: dict[str, object]) -> dict[str, str]:
     }
 
 
-def markdown(rows: Sequence[dict[str, str]], left: int = 3) -> str:
-    """Equal dicts of cells as a Markdown table; the first `left` columns are text."""
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * left + " ---: |" * (len(head) - left)]
-    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
-
-
 def main(argv: list[str] | None = None) -> None:
     """Print a table; an unknown name or an impossible budget is one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(description="Count multiply-adds of a prefill; no weights are needed.")
@@ -270,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     print(f"Multiply-adds at {args.text_tokens} non-visual tokens, batch 1 (1 GMAC = 2 GFLOP); fvcore, meta device.\n")
-    print(markdown([cells(row) for row in rows]))
+    print(markdown_of_records([cells(row) for row in rows]))
 
 
 if __name__ == "__main__":

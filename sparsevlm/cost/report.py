@@ -19,10 +19,10 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
-from sparsevlm.cost.flops import markdown
 from sparsevlm.cost.latency import summary
 from sparsevlm.cost.ledger import SCHEMA, Group, Ledger, Record
 from sparsevlm.cost.memory import PEAK_MEASURE
+from sparsevlm.markdown import markdown_of_records
 from sparsevlm.runtime.parts import PARTS
 
 NOT_RUN = "not run"
@@ -161,13 +161,13 @@ def text(rows: Sequence[dict], machine: dict) -> str:
         members = list(members)
         first = members[0]
         out.append(f"## {first['shape']}, batch {first['batch_size']}\n\n{_conditions(members, machine)}\n")
-        out.append(markdown([cells(m) for m in members], left=2) + "\n")
+        out.append(markdown_of_records([cells(m) for m in members], left=2) + "\n")
         out.append(verdict(members) + "\n")
         pruned = [m for m in members if m.get("parts_ms")]
         if pruned:
             names = part_names(pruned)
             out.append("Where pruning spends its time, ms in one prefill:\n")
-            out.append(markdown([part_cells(m, names) for m in pruned], left=2) + "\n")
+            out.append(markdown_of_records([part_cells(m, names) for m in pruned], left=2) + "\n")
     return "\n".join(out)
 
 
