@@ -72,12 +72,14 @@ class Case:
         method, options: what prunes it.
         rows: per prompt its parts: numbers of words, "I" for an image, "V" for a video.
         side: of the padding; right only in plain forwards.
-        entry: "ids" (with pixels) or "embeds" (inputs_embeds and visual_mask).
+        entry: "ids" (with pixels), "both" (the same and visual_mask) or "embeds" (inputs_embeds and visual_mask).
         mode: "forward", "greedy", "sample", "beams", "lookup", "assisted" or "manual" (a decode loop by hand).
         cache: "dynamic", "static" or "none".
         turn: parts of a second turn on the pruned cache, the same for all prompts; None = no second turn.
         steps: generated tokens per turn.
         position_ids, attention_mask: whether the caller passes them where he may leave them out.
+        square: whether a plain forward is given its mask in four dimensions.
+        chunk: generate()'s prefill_chunk_size; None = the prompt in one piece.
         alone: compare each prompt of a batch with itself alone, too.
         seed: of words, pictures and sampling.
     """
@@ -96,6 +98,8 @@ class Case:
     steps: int = 3
     position_ids: bool = True
     attention_mask: bool = True
+    square: bool = False
+    chunk: int | None = None
     alone: bool = False
     seed: int = 0
 

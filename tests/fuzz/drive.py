@@ -132,11 +132,22 @@ class Run:
         x = self.prompt()
         if self.case.position_ids:
             x["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)
+        if self.case.square:
+            x["attention_mask"] = self._square()
         out = self.model(**x, use_cache=self.case.cache != "none")
         result = Outcome(list(range(self.batch)), [[[] for _ in range(self.batch)]])
         result.samples, result.full = list(range(self.batch)), out.logits
         self._note(result, out.past_key_values if self.case.cache != "none" else None)
         return result
+
+    def _square(self) -> Tensor:
+        """[B, 1, L, L]: causal and padding, as truth values or, for eager attention, added to logits."""
+        length = self.mask.shape[1]
+        seen = torch.ones(length, length, dtype=torch.bool).tril() & self.mask[:, None, None].bool()
+        if self.case.attention == "sdpa":
+            return seen
+        low = torch.finfo(self.case.torch_dtype).min
+        return torch.zeros(seen.shape, dtype=self.case.torch_dtype).masked_fill(~seen, low)
 
     def _note(self, result: Outcome, cache) -> None:
         """Records and caches of the turn that has just ended."""
@@ -167,6 +178,8 @@ class Run:
             options["use_cache"] = False
         elif case.cache == "static":
             options["cache_implementation"] = "static"
+        if case.chunk is not None:
+            options["prefill_chunk_size"] = case.chunk
         x = self.prompt()
         out = self.model.generate(**x, **options)
         given = 0 if "inputs_embeds" in x else self.ids.shape[1]

@@ -7,12 +7,12 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from sparsevlm.methods import method_class, names
+from sparsevlm.methods._vision import VisionMethod
 from tests.fuzz.case import FRAMES, Case, Turn
 from tests.fuzz.reference import Mismatch, tolerance
 
-VISION = (
-    "aim", "cdpruner", "divprune", "downsample", "fastervlm", "ficoco_v", "folder", "tome", "visionzip", "vispruner",
-)  # fmt: skip
+VISION = tuple(name for name in names() if issubclass(method_class(name), VisionMethod))
 SELECTING = ("cdpruner", "divprune", "fastervlm", "vispruner")  # these hand on tokens as they are
 
 

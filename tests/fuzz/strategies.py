@@ -170,14 +170,19 @@ def cases(draw, windows: bool = False) -> Case:
     if shape.kind == "text":
         entry = "embeds"
     elif name not in VISION and not video and mode in ("forward", "greedy", "manual"):
-        entry = draw(st.sampled_from(["ids", "ids", "ids", "embeds"]))
+        entry = draw(st.sampled_from(["ids", "ids", "ids", "embeds", "both"]))
+    elif shape.kind == "llava" and mode in ("forward", "greedy", "manual", "beams"):
+        entry = draw(st.sampled_from(["ids", "ids", "both"]))
     turn = None
-    if mode == "manual" or (mode in ("greedy", "sample") and cache == "dynamic" and entry == "ids"):
+    if mode == "manual" or (mode in ("greedy", "sample") and cache == "dynamic" and entry != "embeds"):
         turn = draw(st.sampled_from([None, "picture", "picture", "text", "picture", "picture"]))
         if turn == "text":
             turn = (draw(st.integers(1, 4)),)
         elif turn == "picture":
             turn = draw(prompts(shape, False)) if entry == "ids" else (draw(st.integers(1, 4)),)
+    chunk = None
+    if mode in ("greedy", "sample") and cache in ("dynamic", "static") and shape.window is None:
+        chunk = draw(st.sampled_from([None, None, None, 1, 3, 16]))
     counts = [n for parts in [*rows, *([turn] if turn else [])] if (n := shape_visual(shape, parts))]
     attention, dtype = draw(st.sampled_from(BACKENDS))
     options = draw(knobs(name, shape, min(counts, default=0)))
@@ -198,6 +203,8 @@ def cases(draw, windows: bool = False) -> Case:
         steps=draw(st.integers(1, 4)),
         position_ids=draw(st.booleans()),
         attention_mask=draw(st.booleans()),
+        square=mode == "forward" and shape.window is None and draw(st.integers(0, 3)) == 0,
+        chunk=chunk,
         alone=len(rows) > 1 and mode != "sample" and draw(st.integers(0, 3)) == 0,
         seed=draw(st.integers(0, 9999)),
     )
