@@ -18,17 +18,9 @@ from torch import Tensor, nn
 from sparsevlm.core.packing import take
 from sparsevlm.runtime import generation, inputs, ownership
 from sparsevlm.runtime.cache_guard import admit, lock, unlock
-from sparsevlm.runtime.cache_state import (
-    CacheState,
-    cached_length,
-    extended,
-    seen_tokens,
-    state_of,
-    static_length,
-    whole,
-)
+from sparsevlm.runtime.cache_state import CacheState, cached_length, seen_tokens, state_of
+from sparsevlm.runtime.continuing import Continuing, keep_first_mask
 from sparsevlm.runtime.families import locate, unwrapped
-from sparsevlm.runtime.masks import SegmentMasks
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.projections import Projections
@@ -60,7 +52,7 @@ class Hooks:
     Attributes:
         thread: the one that may call the model.
         calling: whether the outermost module is being called.
-        visual, mask, prefill, step: of that call; nothing is left of it when it ends, also by an error.
+        visual, mask, prefill: of that call; nothing is left of it when it ends, also by an error.
         generating: whether `generate()` runs; prompt_length, prunable: of its prompt.
     """
 
@@ -83,10 +75,9 @@ class Hooks:
         self.parameters = list(inspect.signature(type(outer).forward).parameters)[1:]
         self.generating, self.prunable, self.warned = False, False, False
         self.prompt_length: int | None = None
-        self.seen = 0  # input tokens before the call being made
         self.own_positions = True  # position_ids of the call are the caller's own, not generate()'s
         self.own_generate = vars(model).get("generate")  # set on this object by the user
-        self.projections = Projections(self)
+        self.projections, self.later = Projections(self), Continuing(self)
         self.cache_state: CacheState | None = None  # of a pruned cache that the call goes on with
         self._forget()
 
@@ -163,7 +154,7 @@ class Hooks:
         self.visual: Tensor | None = None
         self.mask = self.positions = None  # attention_mask and position_ids, as the caller gave them
         self.prefill: Prefill | None = None
-        self.step: SegmentMasks | None = None  # of a call without visual tokens
+        self.later.step = None
 
     def check_prompt(self, ids: Tensor | None, kwargs: dict) -> None:
         """Refuse what generate() could not prune, and announce the pictures of its prompt."""
@@ -209,7 +200,7 @@ class Hooks:
             new = self.prefill.enter(i, hidden)
             masks = self.prefill.segment_masks
         else:
-            new, masks = hidden, self._continue(i, hidden, kwargs, cache)
+            new, masks = hidden, self.later.masks(i, hidden, kwargs, cache)
         if masks is None:
             return None
         with part("masks"):
@@ -231,7 +222,7 @@ class Hooks:
             state_of(cache).block = self.given.block
         past = seen_tokens(cache)
         held = cached_length(cache, 0)
-        self._settle_mask(self.cache_state, length, cache)
+        self.later.settle_mask(length, cache)
         key_mask = inputs.key_mask_of(self.mask, kwargs["attention_mask"], past, held, length)
         limit = None
         if self.prompt_length is not None and self.prompt_length > past:
@@ -252,7 +243,7 @@ class Hooks:
         if prompt.padded:
             key_mask = key_mask.to(hidden.device)
             if cache is not None:
-                key_mask = self._keep_first_mask(cache, key_mask, length)
+                key_mask = keep_first_mask(cache, key_mask, length)
         self.prefill = Prefill(self.method, self.attached, self.family, prompt, hidden, kwargs, cache, key_mask)
         self.trace.prefills.append(self.prefill.record)
         self.projections.hook(self.prefill.points)
@@ -289,88 +280,13 @@ class Hooks:
             )
         state.open_ended = False
 
-    def _keep_first_mask(self, cache, key_mask: Tensor, length: int) -> Tensor:
-        """Remember the padding of layer 0's cache, from which later segments split off, and return it."""
-        state, new = state_of(cache), key_mask[:, -length:]
-        if state.dropped_at_input is not None:
-            first = state.segments[0].key_mask
-            key_mask = extended(first, cached_length(cache, 0), new, *new.shape, new.device)
-        state.segments[0].key_mask = whole(key_mask, cache, 0)
-        return key_mask
-
-    def _continue(self, i: int, hidden: Tensor, kwargs: dict, cache) -> SegmentMasks | None:
-        """A call without visual tokens on a cache that was pruned: masks and positions of each segment."""
-        state: CacheState | None = getattr(cache, "sparsevlm", None)
-        if state is None:
-            return None
-        if i == 0:
-            self.step = None
-            self.seen = seen_tokens(cache) if self.family.sliding else 0
-            self._check_step(state, hidden.shape[1], cache)
-            self._settle_mask(self.cache_state, hidden.shape[1], cache)
-        if state.starts_own_masks(i):
-            segment, (batch, n) = state.at(i), hidden.shape[:2]
-            new = None
-            if self._masks_new(n):
-                new = self.mask[:, -n:].bool().to(hidden.device)
-            if new is not None or (segment.key_mask is not None and static_length(cache, i) is None):
-                cached = cached_length(cache, i)
-                key_mask = extended(segment.key_mask, cached, new, batch, n, hidden.device)
-                segment.key_mask = whole(key_mask, cache, i)
-            rope = positions = None
-            if isinstance(segment.shift, Tensor) or segment.shift:
-                positions = kwargs["position_ids"] - segment.shift
-                rope = self.family.decoder.rotary_emb(hidden, position_ids=positions)
-            if segment.places is not None:
-                new = (torch.arange(n, device=hidden.device) + (self.seen - segment.shift)).expand(batch, -1)
-                segment.places = torch.cat([segment.places[:, : cached_length(cache, i)].to(hidden.device), new], 1)
-            self.step = SegmentMasks(self.family, segment.key_mask, cache, rope, positions, segment.places)
-        return self.step
-
-    def _masks_new(self, n: int) -> bool:
-        """Whether the mask says something of the call's `n` tokens; generate() hides none that it generates."""
-        if not isinstance(self.mask, Tensor) or self.mask.dim() != 2:
-            return False
-        return n > 1 or (self.prompt_length is None and not inputs.all_real(self.mask[:, -n:]))
-
-    def _settle_mask(self, state: CacheState | None, n: int, cache) -> None:
-        """Compare what a 2D mask says of tokens that a pruned cache holds with what was known when it was pruned.
-
-        Of tokens that came later it may say anything. Nothing is done for tokens that generate() generates, and at a
-        single step of a loop of the caller's own only where the mask can be read without waiting for a device.
-        """
-        mask = self.mask
-        if state is None or not state.told or not isinstance(mask, Tensor | None):
-            return
-        if self.prompt_length is not None and (mask is None or mask.shape[1] > self.prompt_length):
-            return
-        if mask is not None and mask.dim() != 2:  # compared by `_check_step` and `_check_call`
-            return
-        inputs.check_told(mask, state, n, wait=n > 1 or self.prompt_length is not None)
-        later = None if mask is None else mask[:, state.told : -n]
-        if later is not None and later.shape[1] and not inputs.all_real(later):
-            state.hide(later.bool(), cache)
-
-    def _check_step(self, state: CacheState, n: int, cache) -> None:
-        """Refuse a mask of the caller's own for `n` tokens on a pruned cache, unless it says what the cache knows."""
-        if self.prompt_length is not None or self.mask is None:
-            return
-        if isinstance(self.mask, Tensor) and self.mask.dim() == 2:
-            return
-        if len(state.starts) == 1 and state.dropped_at_input is None:  # nothing was dropped
-            return
-        held = cached_length(cache, 0)
-        new = inputs.key_mask_of(self.mask, self.mask, held, held, n)[:, -n:]
-        key_mask = extended(state.segments[0].key_mask, held, new, len(new), n, new.device)
-        inputs.check_mask(self.mask, self.family, key_mask, held, n)
-
     def _on_output(self, module: nn.Module, args: tuple, out):
         """Give the caller a sequence of the length it passed in (zeros where tokens were dropped).
 
         Of a prompt that ends with an image whose last token was dropped, the last survivor stands in the last place,
         too: that is where the next token is read.
         """
-        prefill, self.prefill, self.step = self.prefill, None, None
+        prefill, self.prefill, self.later.step = self.prefill, None, None
         if prefill is None or prefill.source is None:  # no row has moved
             return None
         if prefill.cache is not None:

@@ -28,6 +28,7 @@ from sparsevlm.runtime.early import can_drop_early, drop_early
 from sparsevlm.runtime.families import Family
 from sparsevlm.runtime.masks import FixedMask, SegmentMasks
 from sparsevlm.runtime.parts import part
+from sparsevlm.runtime.places import key_places, renumber, take_rope
 from sparsevlm.runtime.prompt import Prompt
 from sparsevlm.runtime.rows import Block, HasRows, column, first_rows
 from sparsevlm.runtime.stage import Handed, Stage
@@ -150,23 +151,6 @@ class Prefill(HasRows):
             made = self._bias = causal_bias(tail, length, dtype, self.device, window)
         return made[:, made.shape[1] - length :]
 
-    def window_bias(self, layer: int, tail: int, held: int, dtype: torch.dtype) -> Tensor:
-        """`bias` of the last `tail` rows for the `held` keys of earlier turns and the current ones in `layer`.
-
-        [tail, held + L], or [B, 1, tail, held + L] where a sliding window counts in places of its own.
-        """
-        window = self.family.window(layer)
-        bias = self.bias(tail, held + self.length, dtype, window)
-        if window is None:
-            return bias
-        cached = cached_length(self.cache, layer)  # more than a sliding cache holds
-        segment = state_of(self.cache).at(layer) if cached else Segment()
-        places = self.key_places(cached, segment)
-        if places is None:
-            return bias
-        far = places[:, -tail:, None] - places[:, None, cached - held :] >= window
-        return bias.expand(self.batch, 1, -1, -1).masked_fill(far[:, None], torch.finfo(dtype).min)
-
     def lowest(self, dtype: torch.dtype) -> Tensor:
         """Scalar: what a mask adds to logits of keys that a row does not see."""
         if self._lowest is None:
@@ -258,7 +242,7 @@ class Prefill(HasRows):
         if made.merged is not None:
             self.merged_sources.append(made.merged)
         if original and made.follow is not None:
-            self._take_rope(made.follow(), length)
+            take_rope(self, made.follow(), length)
         self._align_text()
         with part("masks"):
             self._begin_segment(d.layer + 1, made.hidden)
@@ -277,15 +261,8 @@ class Prefill(HasRows):
             self.key_mask = self.key_mask[:, -length:].gather(1, index)
         self.source = index if self.source is None else self.source.gather(1, index)
         if rope:
-            self._take_rope(index, length)
+            take_rope(self, index, length)
         return index, d
-
-    def _take_rope(self, index: Tensor, length: int) -> None:
-        """Let rows `index` [B, N] of `length` keep their rotation, and their distances under a sliding window."""
-        if self.family.sliding:
-            places = (self.numbers[:length] - length).expand(self.batch, -1) if self.places is None else self.places
-            self.places = places.gather(1, index)
-        self.tables = take(self.call_tables if self.tables is None else self.tables, index)
 
     def _align_text(self) -> None:
         """After the first gather right padding has moved to the left, and the text to the right by as much."""
@@ -314,51 +291,16 @@ class Prefill(HasRows):
             state.dropped_at_input = (state.dropped_at_input or 0) + self.prompt.length - self.length
             report_seen_tokens(self.cache)
         if self.method.positions_after(layer - 1) == "renumber":
-            shift = self._renumber(padding, shift, hidden)
+            shift = renumber(self, padding, shift, hidden)
             self.renumbered, self.places = True, None
         elif self.renumbered and segment is not None:  # at an earlier stage of this call: the positions stay as there
             shift = state_of(self.cache).at(layer - 1).shift
         self.shift = shift
-        places = self.key_places(cached, before)
+        places = key_places(self, cached, before)
         if segment is not None:
             segment.key_mask, segment.shift = whole(self.key_mask, self.cache, layer), shift
             segment.places = places
         self.segment_masks = SegmentMasks(self.family, self.key_mask, self.cache, self.rope, places=places)
-
-    def key_places(self, cached: int, before: Segment) -> Tensor | None:
-        """`Segment.places` [B, cached + L] of keys cached in earlier turns and of the current rows.
-
-        Args:
-            cached: tokens of earlier turns.
-            before: the segment as these turns left it.
-        """
-        old = before.places
-        if not self.family.sliding or (self.places is None and old is None):
-            return None
-        rows = self.numbers[: self.length] - self.length if self.places is None else self.places
-        new = (rows + (self.prompt.past + self.prompt.length - self.shift)).expand(self.batch, -1)
-        if not cached:
-            return new
-        if old is None:
-            index = torch.arange(-cached, 0, device=self.device)
-            old = (index + (self.prompt.past - before.shift)).expand(self.batch, -1)
-        return torch.cat([old[:, :cached].to(self.device), new], 1)
-
-    def _renumber(self, padding: list[int], shift: Tensor | int, hidden: Tensor) -> Tensor | int:
-        """The i-th remaining token takes the place of the i-th token, less what earlier turns are short of."""
-        first = [int(row.argmax()) for row in self.prompt.real]
-        gone = [int(row.sum()) - t for row, t in zip(self.prompt.real, self.tokens, strict=True)]
-        if not any(padding) and not any(first):
-            positions = self.call_positions[:, : self.length]
-            self.tables = self.call_tables[:, : self.length]
-        else:
-            offset = column([f - p for f, p in zip(first, padding, strict=True)], self.device)
-            at = (self.numbers[: self.length] + offset).clamp(min=0)
-            positions = self.call_positions.expand(self.batch, -1).gather(1, at)
-            self.tables = take(self.call_tables, at)
-        if isinstance(shift, Tensor) or shift:
-            self.tables = torch.cat(self.family.decoder.rotary_emb(hidden, position_ids=positions - shift), -1)
-        return shift + (gone[0] if len(set(gone)) == 1 else column(gone, self.device))
 
     def _to(self, device: torch.device) -> None:
         """Follow the states to another device (models spread over several)."""

@@ -12,6 +12,7 @@ from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.scores import attention_rows
 from sparsevlm.runtime.cache_state import cached_length, extended, state_of
 from sparsevlm.runtime.parts import part
+from sparsevlm.runtime.places import window_bias
 from sparsevlm.runtime.rows import Block, HasRows, Scattered
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Stage(HasRows):
             query = p.family.rotate(query, cos[:, -tail:], sin[:, -tail:])
             key, mask = self.keys()
             dtype = at_least_float32(query.dtype)
-            bias = p.window_bias(self.module, tail, key.shape[2] - p.length, dtype)
+            bias = window_bias(p, self.module, tail, key.shape[2] - p.length, dtype)
             return attention_rows(query, key, attention.scaling, mask, bias)
 
     def keys(self) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ import torch
 
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods import _vision, sparsevlm
-from sparsevlm.runtime import early, hooks, inputs, prefill, rows, stage
+from sparsevlm.runtime import continuing, early, hooks, inputs, prefill, rows, stage
 from sparsevlm.runtime.cache_state import CacheState, Segment, extended, state_of
 from sparsevlm.runtime.masks import SegmentMasks
 from tests.fuzz.__main__ import run_chunk
@@ -32,21 +32,21 @@ def mutation(function: Callable[[pytest.MonkeyPatch], None]) -> Callable:
 @mutation
 def off_by_one(patch):
     """Tokens that follow a renumbered prompt stand one place too early."""
-    renumber = prefill.Prefill._renumber
-    patch.setattr(prefill.Prefill, "_renumber", lambda self, *a: renumber(self, *a) + 1)
+    renumber = prefill.renumber
+    patch.setattr(prefill, "renumber", lambda self, *a: renumber(self, *a) + 1)
 
 
 @mutation
 def shift_sign(patch):
     """The shift of positions has the wrong sign."""
-    renumber = prefill.Prefill._renumber
-    patch.setattr(prefill.Prefill, "_renumber", lambda self, *a: -renumber(self, *a))
+    renumber = prefill.renumber
+    patch.setattr(prefill, "renumber", lambda self, *a: -renumber(self, *a))
 
 
 @mutation
 def renumber_nothing(patch):
     """Survivors keep their positions, later tokens do not know."""
-    renumber = prefill.Prefill._renumber
+    renumber = prefill.renumber
 
     def keep_tables(self, *arguments):
         old = self.tables
@@ -54,13 +54,13 @@ def renumber_nothing(patch):
         self.tables = old if old is not None and old.shape[1] == self.tables.shape[1] else self.tables.roll(1, 1)
         return out
 
-    patch.setattr(prefill.Prefill, "_renumber", keep_tables)
+    patch.setattr(prefill, "renumber", keep_tables)
 
 
 @mutation
 def forgotten_padding(patch):
     """Padding of earlier calls is looked at by later ones."""
-    patch.setattr(hooks, "extended", lambda mask, *a: extended(None, *a))
+    patch.setattr(continuing, "extended", lambda mask, *a: extended(None, *a))
 
 
 @mutation
