@@ -1,4 +1,4 @@
-"""What "192 tokens" means, and how a budget becomes the knobs of a method.
+"""Turning a budget ("192 tokens") into pruning layers and token counts.
 
 A budget is the mean number of visual tokens per layer of the language model, counted as they *leave* each layer: the
 count of the SparseVLM authors (issues 4 and 10 of their repository, modelling_sparse_llama.py:359). A layer after which

@@ -17,7 +17,7 @@ from sparsevlm.core.packing import take
 
 @dataclass
 class Matching:
-    """Which tokens of A stay, and which are merged into which of B.
+    """The outcome of a match: the tokens of A that stay, and those that are merged into tokens of B.
 
     Attributes:
         unmerged: [n, |A| - r] int64, places in A.

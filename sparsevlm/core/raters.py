@@ -1,4 +1,4 @@
-"""Which text tokens rate the visual ones (SparseVLM section 3.1, eq. 5-6; authors' modelling_sparse_llama.py:199)."""
+"""Choosing text tokens that rate the visual ones (SparseVLM section 3.1, eq. 5-6; modelling_sparse_llama.py:199)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FiCoCo-V and FiCoCo-L share (kawhiiiileo/FiCoCo, 8995e93; no licence, nothing of it was used)."""
+"""Common parts of FiCoCo-V and FiCoCo-L (kawhiiiileo/FiCoCo, 8995e93; no licence, nothing of it was used)."""
 
 from __future__ import annotations
 

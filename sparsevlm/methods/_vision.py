@@ -126,12 +126,12 @@ class VisionMethod(Method):
     def annotate(self, record: StageRecord, prefill: Prefill) -> None:
         """Record in the trace which visual tokens the rows are, instead of which slots they took."""
         encodings = [] if prefill.attached is None else list(prefill.attached.last.values())
-        if not encodings or any(e.prompts is None for e in encodings):
+        if not encodings or any(encoding.prompts is None for encoding in encodings):
             return
-        samples = [
-            [(e, p) for e in encodings if e.prompts[p := b * len(e.prompts) // prefill.batch]]
-            for b in range(prefill.batch)
-        ]
+        samples = []
+        for b in range(prefill.batch):
+            prompts = [(encoding, b * len(encoding.prompts) // prefill.batch) for encoding in encodings]
+            samples.append([(encoding, prompt) for encoding, prompt in prompts if encoding.prompts[prompt]])
         default = record._details
         if record.layer >= 0:
             record._details = partial(_later_details, default, samples)
@@ -143,10 +143,11 @@ class VisionMethod(Method):
 def _made(vision: Vision, batch: int, b: int, n_visual: int) -> int | None:
     """Count the tokens that were made of the pictures of sample b; None if that is not known."""
     total = 0
-    for e in vision.last.values():
-        if e.prompts is None and n_visual > e.tower.tokens:
+    for encoding in vision.last.values():
+        prompts = encoding.prompts
+        if prompts is None and n_visual > encoding.tower.tokens:
             return None
-        total += e.counts[0] if e.prompts is None else sum(e.of_prompt(b * len(e.prompts) // batch))
+        total += encoding.counts[0] if prompts is None else sum(encoding.of_prompt(b * len(prompts) // batch))
     return total
 
 

@@ -31,7 +31,7 @@ class Method:
 
     Attributes:
         budget: mean visual tokens per layer as they leave the layers (see `sparsevlm.budget`), "full", or None when
-            the method's own knobs say how many tokens stay.
+            the method's own options say how many tokens stay.
     """
 
     _: KW_ONLY

@@ -91,11 +91,12 @@ class CDPruner(VisionMethod):
         clip, texts = vision.scratch["loaded"].clip, vision.scratch["texts"]
         if encoding.prompts is None or len(encoding.prompts) != len(texts):
             raise ValueError("method 'cdpruner' must know the question. Pass input_ids and pixel values together")
-        of_picture = [p for p, n in enumerate(encoding.prompts) for _ in range(n)]
+        of_picture = [prompt for prompt, n in enumerate(encoding.prompts) for _ in range(n)]
         states = pictures.states if encoding.tower.cls else pictures.states[:, 1:]
         embeds = clip.visual_projection(clip.vision_model.post_layernorm(states))
         embeds = F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
-        relevance = torch.stack([-(e @ texts[p].to(e).T).mean(1) for e, p in zip(embeds, of_picture, strict=True)])
+        pairs = zip(embeds, of_picture, strict=True)
+        relevance = torch.stack([-(embed @ texts[prompt].to(embed).T).mean(1) for embed, prompt in pairs])
         low, high = relevance.amin(1, keepdim=True), relevance.amax(1, keepdim=True)
         relevance = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
         return super().encode(vision, replace(pictures, relevance=relevance), encoding)
@@ -109,7 +110,7 @@ class CDPruner(VisionMethod):
 
 @dataclass
 class _Loaded:
-    """What the options name, on the device of one model: CLIP, its tokenizer, and the way to a prompt's question."""
+    """CLIP, its tokenizer and the function that reads a prompt's question, on the device of one model."""
 
     clip: nn.Module
     tokenizer: Any

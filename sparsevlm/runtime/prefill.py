@@ -38,6 +38,8 @@ from sparsevlm.runtime.trace import PrefillRecord, StageRecord
 class Prefill(HasRows):
     """State of one such forward; everything describes the sequence as it enters the layer being computed.
 
+    CONTRIBUTING.md lists what methods may use of it.
+
     How many rows each sample has is known to the host, so no device value is waited for.
 
     Attributes (L = current length):

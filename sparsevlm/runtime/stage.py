@@ -61,7 +61,7 @@ class Handed:
 
 @dataclass
 class Stage(HasRows):
-    """One pruning point of one prefill.
+    """One pruning point of one prefill. CONTRIBUTING.md lists what methods may use of it.
 
     Attributes:
         prefill: the prompt it belongs to.
