@@ -106,7 +106,7 @@ def test_budgets():
         assert plan.layers == (-1, *range(13, 21)) and plan.keep[-1] == 0
     assert sparsevlm.build("aim", merge_to=252).plan(576, 32).leaving == pytest.approx(129.9, abs=0.5)
     assert sparsevlm.build("aim", budget=576).plan(576, 32).leaving == 576
-    with pytest.raises(ValueError, match="use at most 297"):
+    with pytest.raises(ValueError, match="Use at most 297"):
         sparsevlm.build("aim", budget=400).plan(576, 32)
     for options in (dict(budget=9, merge_to=3), dict(merge_to=0), dict(budget=9, temperature=0)):
         with pytest.raises(ValueError, match="|".join(options)):
