@@ -94,15 +94,12 @@ class RunFolder:
     def git(self) -> dict | None:
         """Commit and state of the code that worked on an unfinished run, as metrics.json has it.
 
-        Every process that opened the folder noted what it started with. The commit is the last one's; "dirty" is true
-        if any of them had changes, or if they started at different commits. None outside a checkout.
+        Every process that opened the folder noted what it started with. The commit is this process's; "dirty" is true
+        if it had changes, or if the notes of the others differ. None outside a checkout.
         """
-        lines = (self.partial / STARTED).read_text(encoding="utf-8").splitlines()
-        started = [json.loads(line) for line in lines]
-        if started[-1] is None:
-            return None
-        mixed = any(one is None or one["dirty"] or one["commit"] != started[-1]["commit"] for one in started)
-        return {**started[-1], "dirty": mixed}
+        now = environment.git_at_start()
+        notes = (self.partial / STARTED).read_text(encoding="utf-8").splitlines()
+        return now and {**now, "dirty": now["dirty"] or any(note != json.dumps(now) for note in notes)}
 
     def excluded(self) -> int:
         """How many questions a finished run leaves out."""

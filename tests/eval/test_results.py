@@ -207,6 +207,13 @@ class TestGit:
         folder = self.opened(tmp_path, *processes, process=process)
         assert folder.git() == {"commit": self.COMMIT, "dirty": dirty}
 
+    def test_a_torn_note_is_no_clean_one(self, tmp_path, process):
+        folder = self.opened(tmp_path, (self.COMMIT, False), process=process)
+        with open(folder.partial / "started.jsonl", "a") as file:
+            file.write('{"commit": "aa')
+        folder.open()
+        assert folder.git() == {"commit": self.COMMIT, "dirty": True}
+
     def test_outside_a_checkout(self, tmp_path, process):
         assert self.opened(tmp_path, (None, False), process=process).git() is None
 
