@@ -60,6 +60,8 @@ def kept_apart(group: Group, metric: str) -> str:
         return ""
     left_out = [[s["scores"]["accuracy"] for s in run.samples if of_language_control(s)] for run in group.runs]
     found = [f"{100 * sum(scores) / len(scores):.1f}" for scores in left_out if scores]
+    if not found:  # the first questions of a set may have none
+        return ""
     low, high = (sorted(found, key=float)[i] for i in (0, -1))
     return (
         f"Visual accuracy is that of the {group.n - len(left_out[0])} questions that need the picture; the language "

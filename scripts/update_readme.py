@@ -91,7 +91,8 @@ def _short(reference: Path) -> str:
         "prefill GMACs": "prefill GMACs",
         "prefill time": "ratio to unpruned [quartiles]",
     }
-    return markdown([{"": name} | {c: rows[key][k] for c, k in columns.items()} for key, name in names.items()], left=1)
+    cells = [{"": name} | {c: rows[key][k] for c, k in columns.items()} for key, name in names.items()]
+    return markdown_of_records(cells, left=1)
 
 
 def _differences(reference: Path) -> str:
