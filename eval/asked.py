@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig
 
 from eval.errors import UserError, one_line
 from eval.tasks import TASKS, TaskSettings
 from eval.tasks.generated import Generated
 from sparsevlm.models import Processor
+from sparsevlm.models.checkpoint import read_config
 
 if TYPE_CHECKING:
     from eval.settings import ModelSettings, Run
@@ -94,9 +94,7 @@ def processing_digest(checkpoint: Path, model: ModelSettings, video: bool) -> st
     """
     options = {k: v for k, v in vars(model).items() if k not in _LOADING}
     try:
-        processor = Processor.from_folder(
-            checkpoint, AutoConfig.from_pretrained(checkpoint, local_files_only=True), **options
-        )
+        processor = Processor.from_folder(checkpoint, read_config(checkpoint), **options)
         shown = [{"videos": frames} for frames in _clips()] if video else [{"images": _picture()}]
         inputs = [processor(question, **media) for media in shown for question in (_CONVERSATION, "what")]
     except (ValueError, OSError) as error:

@@ -24,7 +24,7 @@ import torch
 
 from eval.asking import Asker, GenerationError, Lane, plan_batches
 from eval.errors import UserError, one_line
-from eval.features import FeatureStore
+from eval.features import FeatureStore, leaves_features_alone
 from eval.judging import judged, look_for_judge
 from eval.kept import open_folder
 from eval.ledger import Failure, Ledger
@@ -104,6 +104,9 @@ def _ask_and_score(jobs: Sequence[Job], command: str, progress: Progress, proces
         progress.watch(lanes, len(share))
         progress(len(share) * len(lanes), known)
         if any(len(lane.answers) < len(share) for lane in lanes.values()):
+            for job in (job for job in jobs if job.error is None):
+                _guarded(job, partial(_install, job))
+            lanes = {job.run.label: job.lane for job in jobs if job.error is None}
             _asker(first, tasks).ask(batches, list(lanes.values()), partial(progress, 0))
         _exchange_errors(jobs, processes)
         if processes.first:
@@ -164,6 +167,18 @@ def _open_ledger(job: Job, stack: ExitStack, process: int) -> None:
         job.lane.ledger = stack.enter_context(Ledger(job.folder.ledger, job.run.answers_hash(), process))
     except BlockingIOError as error:
         raise UserError(f"{one_line(error)}: wait for it to finish") from error
+
+
+def _install(job: Job) -> None:
+    """See that the method works on the model before anything is asked.
+
+    Raises:
+        UserError: the model lacks what the method needs.
+    """
+    try:
+        job.lane.shares = leaves_features_alone(_load(job.run.model)[0], job.run.method)
+    except (ValueError, OSError) as error:
+        raise UserError(one_line(error)) from error
 
 
 def _exchange_errors(jobs: Sequence[Job], processes: Processes) -> None:

@@ -78,5 +78,5 @@ def _same_answers(run: Run) -> Iterator[RunFolder]:
         try:
             if other.metrics().get("answers_hash") == run.answers_hash():
                 yield other
-        except (ValueError, AttributeError):  # no run of ours
+        except UserError:  # no run of ours
             continue

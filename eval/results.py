@@ -35,7 +35,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from numbers import Number
@@ -74,8 +74,36 @@ class RunFolder:
         return (self.path / "metrics.json").is_file()
 
     def metrics(self) -> dict:
-        """metrics.json of a finished run."""
-        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
+        """metrics.json of a finished run.
+
+        Raises:
+            UserError: it is damaged; the message names the folder.
+        """
+        return self._whole("metrics.json", json.loads)
+
+    def check(self) -> None:
+        """See that a finished run is whole, before it is told that it is there.
+
+        Raises:
+            UserError: a file is missing or damaged, or there are more or fewer samples than metrics.json says.
+        """
+        self._whole("config.yaml", yaml.safe_load)
+        lines = self._whole("samples.jsonl", lambda text: {"n": len([json.loads(line) for line in text.splitlines()])})
+        n = self.metrics().get("n")
+        if lines["n"] != n:
+            raise self._damaged(f"metrics.json speaks of {n} questions, samples.jsonl has {lines['n']}")
+
+    def _whole(self, name: str, read: Callable[[str], object]) -> dict:
+        try:
+            content = read((self.path / name).read_text(encoding="utf-8"))
+        except (ValueError, OSError, yaml.YAMLError) as error:
+            raise self._damaged(f"{name} cannot be read ({one_line(error)})") from error
+        if not isinstance(content, dict):
+            raise self._damaged(f"{name} cannot be read (it holds no keys)")
+        return content
+
+    def _damaged(self, reason: str) -> UserError:
+        return UserError(f"{self.path} is damaged: {reason}. Move it away, and use the same command to run it again")
 
     @property
     def ledger(self) -> Path:

@@ -56,7 +56,9 @@ class _Series:
         there = self.processes.gather({name: _there(run, folders[name]) for name, run in unique.items()})[0]
         together = {}
         for name, run in unique.items():
-            if there[name] is None:
+            if isinstance(there[name], UserError):
+                statuses.append(self._tell(there[name]))
+            elif there[name] is None:
                 together.setdefault(run.company, []).append((run, folders[name]))
             else:
                 statuses.append(self._already_there(run, RunFolder(run.results_dir, there[name])))
@@ -236,13 +238,17 @@ def _name(run: Run) -> str | Exception:
         return error
 
 
-def _there(run: Run, folder: RunFolder) -> str | None:
-    """The name of the finished folder that has what a run would have; None if there is something to do."""
-    if folder.finished:
-        to_judge = run.task.judged and folder.not_scored()
-        return None if to_judge else folder.path.name
-    elsewhere = judged_elsewhere(run)
-    return elsewhere and elsewhere.path.name
+def _there(run: Run, folder: RunFolder) -> str | UserError | None:
+    """The name of the finished folder that has what a run would have, or what is wrong with it; None if there is
+    something to do."""
+    try:
+        if not folder.finished:
+            elsewhere = judged_elsewhere(run)
+            return elsewhere and elsewhere.path.name
+        folder.check()
+        return None if run.task.judged and folder.not_scored() else folder.path.name
+    except UserError as error:
+        return error
 
 
 def _summary(folder: RunFolder) -> str:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 import sparsevlm
 from eval.asked import asked, forget
@@ -17,8 +16,8 @@ from eval.errors import ON_ERROR, UserError, one_line, unknown
 from eval.processes import placed
 from eval.tasks import TASKS, TaskSettings, task_settings
 from sparsevlm.budget import check_budget
-from sparsevlm.methods.base import Method
-from sparsevlm.models.checkpoint import find_checkpoint
+from sparsevlm.methods.base import Method, checked
+from sparsevlm.models.checkpoint import find_checkpoint, read_config
 from sparsevlm.models.loading import DTYPES
 from sparsevlm.models.processor import check_options, n_visual_tokens
 
@@ -151,6 +150,7 @@ def make_run(config: Mapping) -> Run:
     """
     forget()
     _known(config, _TOP, "")
+    _complete(config)
     model, task = _group(ModelSettings, config, "model"), task_settings(config["task"])
     for key in ("limit", "max_new_tokens", "batch_size"):
         if config[key] is not None or key == "batch_size":
@@ -162,7 +162,7 @@ def make_run(config: Mapping) -> Run:
         check_options(model.prompt, model.image_aspect_ratio)
         model = _resolved(model)
         checkpoint = find_checkpoint(model.pretrained, model.revision)
-        shapes = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        shapes = read_config(checkpoint)
         n_visual = n_visual_tokens(shapes, "video" if TASKS[task.name].video else "image")
         method, budget = _method(config["method"], config["budget"], n_visual, shapes.get_text_config())
     except (ValueError, OSError) as error:  # OSError: FileNotFoundError, PermissionError, ConnectionError
@@ -199,9 +199,21 @@ def _method(config: Mapping, budget, n_visual: int, text_config) -> tuple[Method
 
 
 def _resolved(model: ModelSettings) -> ModelSettings:
-    """Fill in the device, and the type of the numbers that follows from it."""
+    """Fill in the device, and the dtype that follows from it.
+
+    Raises:
+        ValueError: a value of another type, a name that cannot be part of a folder's, or an unknown device or dtype.
+    """
+    for field in fields(model):
+        checked(f"model.{field.name}", getattr(model, field.name), str(field.type))
+    if not model.name or set(model.name) & set("/\\\0"):
+        raise ValueError(f"model.name={model.name!r} cannot be part of a folder's name. Use letters, digits, '_', '-'")
     device = placed(model.device)
-    dtype = model.dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}. Use auto, cpu, cuda or cuda:N") from error
+    dtype = model.dtype or ("float32" if kind == "cpu" else "auto")
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
     return ModelSettings(**{**asdict(model), "device": device, "dtype": dtype})
@@ -236,6 +248,23 @@ def _group(cls, config: Mapping, name: str):
             "Set them in its file; `defaults: [_base]` sets the others"
         )
     return cls(**config[name])
+
+
+def _complete(config: Mapping) -> None:
+    """See that no key is missing and each group has its name.
+
+    Raises:
+        UserError: one is missing, or of another type.
+    """
+    if missing := [key for key in _TOP if key not in config]:
+        raise UserError(f"the configuration lacks {', '.join(missing)}. Use null for the default, not ~{missing[0]}")
+    for group in ("model", "method", "task"):
+        given = config[group]
+        if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+            raise UserError(f"{group} has no name: {given!r}. Use {group}=<name> with a name of configs/{group}")
+    folder = config["results_dir"]
+    if not isinstance(folder, str) or not folder or "\0" in folder:
+        raise UserError(f"results_dir={folder!r} is no folder. Use the path of one that you own")
 
 
 def _known(config: Mapping, keys: Iterable[str], prefix: str) -> None:

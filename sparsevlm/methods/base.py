@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Method:
         self._set("budget", check_budget(self.budget))
         for option in fields(self):
             if option.name != "budget":
-                self._set(option.name, number(option.name, getattr(self, option.name), str(option.type)))
+                self._set(option.name, checked(option.name, getattr(self, option.name), str(option.type)))
 
     def _set(self, option: str, value: Any) -> None:
         """Replace an option by its normal form, from `__post_init__`."""
@@ -177,14 +178,29 @@ def int_tuple(value: Sequence[int] | int | None, what: str) -> tuple[int, ...] |
     return out
 
 
-def number(name: str, value: Any, kind: str) -> Any:
-    """Return an option's value, a whole number as int where `kind`, its type, says so.
+#: Annotations of options whose values are checked against them, and what a message calls such a value.
+_TYPES = {
+    "bool": (bool, "true or false"),
+    "int": (Real, "an integer"),  # whole floats become integers
+    "float": (Real, "a number"),
+    "str": (str, "a name"),
+    "None": (type(None), "null"),
+}
+
+
+def checked(name: str, value: Any, kind: str) -> Any:
+    """Return an option's value, a whole number as int where `kind`, its annotation, says so.
 
     Raises:
-        ValueError: a number that is infinite, not a number or not whole, or a truth value where none belongs.
+        ValueError: a value of another type, or a number that is infinite, not a number or not whole.
     """
-    if isinstance(value, bool) and "bool" not in kind:
-        raise ValueError(f"{name} takes a number, not {value}")
+    kinds = kind.split(" | ")
+    if all(k in _TYPES for k in kinds):
+        fits = any(isinstance(value, _TYPES[k][0]) and (k == "bool" or not isinstance(value, bool)) for k in kinds)
+        if not fits:
+            raise ValueError(f"{name} takes {' or '.join(_TYPES[k][1] for k in kinds)}, not {value!r}")
+    elif isinstance(value, bool):
+        raise ValueError(f"{name} takes numbers, not {value}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} takes a finite number, not {value}")
     if isinstance(value, float) and "int" in kind and "float" not in kind:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
 
 EMBEDDED = ("mini", "mini-video")
 HUB_ALIASES = {
@@ -199,9 +200,30 @@ def check_weights(folder: Path, name: str) -> list[Path]:
 def read_json(path: Path) -> dict:
     """The content of a JSON file of a checkpoint; ValueError naming the file if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it holds no keys); download it again")
+    return content
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        ValueError: values that its family does not take.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        vision = config.vision_config
+        for key in ("image_size", "patch_size"):
+            if not isinstance(getattr(vision, key), int) or getattr(vision, key) < 1:
+                raise ValueError(f"vision_config.{key} must be an integer of 1 or more, not {getattr(vision, key)!r}")
+    except Exception as error:  # transformers checks types with errors of its own, and some values not at all
+        reason = re.sub(r"\b\w*Error: ", "", " ".join(str(error).split())).replace("NoneType", "null")
+        raise ValueError(f"{folder / 'config.json'} is damaged ({reason}); download it again") from error
+    return config
 
 
 def _first_line(error: Exception) -> str:

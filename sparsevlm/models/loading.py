@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from sparsevlm.models.checkpoint import EMBEDDED, check_family, find_checkpoint
+from sparsevlm.models.checkpoint import EMBEDDED, check_family, find_checkpoint, read_config
 from sparsevlm.models.processor import Processor, check_options
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -54,7 +54,7 @@ def load(
     dtype = _dtype(dtype, device)
     folder = find_checkpoint(name, revision)
     model_class = getattr(transformers, check_family(folder, str(name)))
-    config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    config = read_config(folder)
     processor = Processor.from_folder(folder, config, prompt=prompt, image_aspect_ratio=image_aspect_ratio)
     with _no_progress_bar() if name in EMBEDDED else nullcontext():
         model, report = model_class.from_pretrained(
@@ -65,6 +65,13 @@ def load(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
+    if report["mismatched_keys"]:
+        key, stored, expected = sorted(report["mismatched_keys"])[0]
+        raise ValueError(
+            f"{str(name)!r} has weights of other shapes than its config.json says ({key}: {list(stored)} instead of "
+            f"{list(expected)}). Use the config.json that belongs to the weights"
         )
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would only warn and go on with random values
@@ -72,7 +79,14 @@ def load(
             f"{str(name)!r} lacks {len(missing)} weights of {model_class.__name__} ({missing[0]}, ...): the checkpoint "
             "is incomplete or made for another model; download it again"
         )
-    return model.to(device).eval(), processor
+    model = model.to(device).eval()
+    broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ValueError(
+            f"{str(name)!r} has weights that are infinite or no numbers ({broken[0]}). Download the checkpoint again; "
+            "use dtype='float32' or 'bfloat16' if they are larger than float16 can hold"
+        )
+    return model, processor
 
 
 @contextmanager

@@ -109,8 +109,12 @@ class Processor:
         ):
             raise FileNotFoundError(f"{folder} has no image processor settings (preprocessor_config.json); {again}")
         pad = options.get("image_aspect_ratio") == "pad"
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
-        image_processor = LlavaImageProcessorPil.from_pretrained(folder, do_pad=pad, local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True)
+            image_processor = LlavaImageProcessorPil.from_pretrained(folder, do_pad=pad, local_files_only=True)
+        except Exception as error:  # of many types, depending on what is damaged
+            reason = " ".join(str(error).split())
+            raise ValueError(f"tokenizer or image processor of {folder} are damaged ({reason}); {again}") from error
         legacy = folder / "chat_template.json"
         template = read_json(legacy)["chat_template"] if legacy.is_file() else None
         if (folder / "chat_template.jinja").is_file():  # newer; the tokenizer has read it
