@@ -37,7 +37,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export MPLBACKEND := Agg
 
-.PHONY: help setup reproduce test test-all fuzz lint flops latency tables figures report paper notebooks fetch sweep \
+.PHONY: help setup reproduce test test-all fuzz fuzz-runs lint flops latency tables figures report paper notebooks fetch sweep \
 	retrain browser clean
 
 help: ## list the targets
@@ -79,6 +79,10 @@ browser:
 
 fuzz: setup ## random models, methods, prompts and ways of running against a masked model: make fuzz cases=10000
 	@$(RUN) -m tests.fuzz --cases $(cases) --seed $(seed) $(args)
+
+fuzz-runs: setup ## random command lines, damaged files and a full disk through eval.run: make fuzz-runs cases=300
+	@$(RUN) -m tests.fuzz.runs --cases $(cases) --seed $(seed)
+	@$(RUN) -m tests.fuzz.damage --cases $(cases) --seed $(seed)
 
 lint: setup ## check style
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
