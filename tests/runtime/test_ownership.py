@@ -243,11 +243,11 @@ def test_a_call_that_fails_leaves_nothing_behind(name, place):
             with pytest.raises(RuntimeError, match="by the test"):
                 call(**x, **({} if call is model else GENERATE))
             handle.remove()
+            with pytest.raises(ValueError, match="only through the LlavaModel"):
+                model.model.language_model(inputs_embeds=torch.randn(*x["input_ids"].shape, 64, dtype=model.dtype))
             assert torch.equal(model(**words).logits, text)
             again = model.model.get_image_features(x["pixel_values"][:1]).pooler_output
             assert all(torch.equal(a, b) for a, b in zip(pooled, again, strict=True))
-            with pytest.raises(ValueError, match="only through the LlavaModel"):
-                model.model.language_model(inputs_embeds=torch.randn(*x["input_ids"].shape, 64, dtype=model.dtype))
             trace.clear()
             assert torch.equal(model(**x).logits, want) and len(trace.prefills) == 1
 
