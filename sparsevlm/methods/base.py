@@ -66,9 +66,10 @@ class Method:
         """Install the method in `model` for the duration of a `with` block, which receives the trace.
 
         Inside it the model belongs to this method and to the thread that entered the block; it cannot be copied there.
-        A cache that was pruned goes on inside a block of the same method only, with the attention_mask that it began with
-        (on a device that is not compared at single steps of a loop of your own, which would have to wait). Prompts are prefilled as a whole
-        (`prefill_chunk_size` is ignored). What torch.compile has compiled is compiled anew for the block.
+        A cache that was pruned goes on inside a block of the same method only, with the attention_mask that it began
+        with (on a device that is not compared at single steps of a loop of your own, which would have to wait). Prompts
+        are prefilled as a whole (`prefill_chunk_size` is ignored). What torch.compile has compiled is compiled anew for
+        the block.
 
         Args:
             model: LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration, or a Llama, Mistral, Qwen2 or
