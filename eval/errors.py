@@ -1,4 +1,4 @@
-"""How things that go wrong are told: one line, with what to do about it."""
+"""One-line error reporting and exit statuses."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import sys
 import traceback
 from collections.abc import Iterable
 
-#: Exit statuses: a run failed; something asked for cannot be; all runs are there, but one leaves questions out, or
-#: lacks a metric that a language model should have judged.
+#: Exit statuses: a run failed; the request is invalid; all runs are finished, but one excludes questions, or lacks a
+#: metric that a language model should have judged.
 RUN, USER, EXCLUDED, NOT_JUDGED = 1, 2, 3, 4
 ON_ERROR = ("stop", "record")  # what to do at a question that cannot be answered
 
 
 class UserError(Exception):
-    """Something that was asked for cannot be; the message is one line and says how to put it right."""
+    """An invalid request. The message is one line: what is wrong, then how to correct it."""
 
 
 def report(error: Exception, what: str = "", shown: bool = True) -> int:
-    """Tell an error on one line of stderr (with SPARSEVLM_TRACEBACK=1 also where it came from).
+    """Print an error on one line of stderr (with SPARSEVLM_TRACEBACK=1 after its traceback).
 
     Args:
-        what: what was being done, put in front.
-        shown: False = only find the exit status.
+        what: prefix of the message: the step that failed.
+        shown: False = print nothing, only return the exit status.
 
     Returns:
-        The exit status that goes with it.
+        The exit status of this error.
     """
     expected = isinstance(error, UserError)
     if not shown:
@@ -40,14 +40,14 @@ def report(error: Exception, what: str = "", shown: bool = True) -> int:
 
 
 def worst(statuses: Iterable[int]) -> int:
-    """The exit status of several jobs: a failed run counts more than a wrong request, that more than excluded
-    questions, those more than a metric that was not judged, and that more than success."""
+    """Return the exit status of several jobs: the first of failed run, invalid request, excluded questions, metric not
+    judged, and success that occurs."""
     found = set(statuses)
     return next((s for s in (RUN, USER, EXCLUDED, NOT_JUDGED) if s in found), 0)
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
-    """Message for a name that does not exist, with the nearest one that does and all of them."""
+    """Return the message for an unknown name: the nearest known one, and all known ones."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -55,5 +55,5 @@ def unknown(what: str, name: object, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception on one line."""
+    """Return the message of an exception on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,8 +1,8 @@
-"""Runs from settings to results folders: questions asked by ourselves, scored by lmms-eval's own evaluator.
+"""Execute runs, from settings to results folders: generate answers, and score them with lmms-eval's own evaluator.
 
-All runs of one call differ in the method alone. Their questions are asked in one pass (eval/asking.py); then each run
-is scored by itself from its ledger. So nothing that goes wrong while scoring costs an answer, and scoring is the same
-however many processes asked.
+All runs of one call differ only in the method. Their answers are generated in one pass (eval/asking.py); then each run
+is scored from its ledger. An error while scoring therefore loses no answer, and scores do not depend on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from eval.features import FeatureStore, leaves_features_alone
 from eval.judging import judged, look_for_judge
 from eval.kept import open_folder
 from eval.ledger import Failure, Ledger
-from eval.processes import Processes, alone
+from eval.processes import Processes, single_process_env
 from eval.progress import Progress
 from eval.results import RunFolder, files
 from eval.settings import ModelSettings, Run
@@ -46,12 +46,12 @@ class IncompleteRun(RuntimeError):
 
 @dataclass
 class Job:
-    """One run on its way to its folder.
+    """One run and the state of its execution.
 
     Attributes:
-        error: why it has no results; None = it has.
-        excluded: questions that were recorded as failed.
-        not_judged: why a language model did not score the answers, as it should have; None = it did.
+        error: why it has no results; None if it has.
+        excluded: number of questions recorded as failed.
+        not_judged: why the language model that should judge did not; None if it did.
     """
 
     run: Run
@@ -63,14 +63,14 @@ class Job:
 
 
 def execute(jobs: Sequence[Job], command: str, progress: Progress, processes: Processes) -> None:
-    """Ask all questions that are not in the ledgers, score each run, and publish its folder.
+    """Answer all questions that are not in the ledgers, score each run, and publish its folder.
 
-    What fails is kept in `job.error`; the other jobs go on.
+    The error of a job that fails is stored in `job.error`; the others continue.
 
     Args:
         jobs: runs of the same model, task and generation settings.
-        command: how the runs were started, for env.json.
-        progress: told of the questions, and of answers as they come.
+        command: the command line that started the runs, for env.json.
+        progress: notified of the questions, and of answers as they are generated.
 
     Raises:
         UserError: the task cannot be prepared or the model cannot be loaded.
@@ -116,10 +116,10 @@ def _ask_and_score(jobs: Sequence[Job], command: str, progress: Progress, proces
 
 
 def sample(job: Job, few: int, processes: Processes) -> Lane:
-    """Ask a few batches of a run, spread over its questions, and keep the answers: for what they cost.
+    """Answer a few batches of a run, spread over its questions, to estimate its time; the answers are kept.
 
     Raises:
-        Exception: whatever the run itself will fail with.
+        Exception: any error with which the run itself will fail.
     """
     run = job.run
     if processes.first:
@@ -155,7 +155,7 @@ def _asker(run: Run, tasks: dict[str, _Questions]) -> Asker:
 
 
 def _guarded(job: Job, step: Callable[[], None]) -> None:
-    """Do one step of one job; what goes wrong ends this job alone."""
+    """Do one step of one job; an error ends only this job."""
     try:
         step()
     except Exception as error:
@@ -182,14 +182,14 @@ def _install(job: Job) -> None:
 
 
 def _exchange_errors(jobs: Sequence[Job], processes: Processes) -> None:
-    """Let all processes know which runs failed in any of them."""
+    """Share between all processes which runs failed in any of them."""
     mine = [_portable(job.error or job.lane.error, processes) for job in jobs]
     for job, errors in zip(jobs, zip(*processes.gather(mine), strict=True), strict=True):
         job.error = next((error for error in errors if error is not None), None)
 
 
 def _portable(error: Exception | None, processes: Processes) -> Exception | None:
-    """An error that can be sent to another process."""
+    """Return the error in a form that can be sent to another process."""
     if processes.count == 1 or error is None or type(error) in (UserError, GenerationError, IncompleteRun):
         return error
     return RuntimeError(f"{type(error).__name__}: {one_line(error)}")
@@ -212,7 +212,7 @@ class _Questions:
 
 
 def _tasks(run: Run, processes: Processes) -> tuple[Loaded, dict[str, _Questions]]:
-    """The run's questions, also by the name of lmms-eval's task. The first process makes or downloads the data."""
+    """Load the run's questions, also by the name of lmms-eval's task. The first process makes or downloads the data."""
     out = error = None
     for turn in (True, False):
         if processes.first == turn:
@@ -245,7 +245,7 @@ forget_questions = _questions.cache_clear
 
 
 def _build_requests(build: Callable, **arguments) -> None:
-    """Without lmms-eval's progress bar: it takes a moment, and happens again for every run."""
+    """Build requests without lmms-eval's progress bar, which would appear again for every run."""
     with redirect_stderr(io.StringIO()):
         build(**arguments)
 
@@ -293,7 +293,7 @@ def _failure(ledger: Ledger, request) -> Failure | None:
 
 
 def _evaluate(model, tasks: dict[str, _Questions], excluded: set[tuple], output: str, parallel: int) -> dict:
-    """lmms-eval's evaluation of answers that are all known; excluded documents are not in it."""
+    """Evaluate recorded answers with lmms-eval; excluded documents are left out."""
     from lmms_eval.evaluator import evaluate
 
     random.seed(0)
@@ -305,7 +305,7 @@ def _evaluate(model, tasks: dict[str, _Questions], excluded: set[tuple], output:
         originals[name] = build = questions.task.build_all_requests
         questions.task.build_all_requests = partial(_build_without, questions.task, build, excluded)
     try:
-        with alone():
+        with single_process_env():
             return evaluate(
                 lm=model,
                 task_dict={name: questions.task for name, questions in tasks.items()},
@@ -320,7 +320,7 @@ def _evaluate(model, tasks: dict[str, _Questions], excluded: set[tuple], output:
 
 
 def _build_without(task, build: Callable, excluded: set[tuple], **arguments) -> None:
-    """lmms-eval's own requests, but those for excluded documents: it scores no document without a request."""
+    """Build lmms-eval's requests without those of excluded documents: it scores no document without a request."""
     _build_requests(build, **arguments)
     task._instances = [i for i in task.instances if (i.args[4], i.args[3]) not in excluded]
 
@@ -328,7 +328,7 @@ def _build_without(task, build: Callable, excluded: set[tuple], **arguments) -> 
 # ---- models --------------------------------------------------------------------------------------------------------
 @lru_cache(maxsize=1)
 def _load(model: ModelSettings):
-    """The model and its processor; the last ones stay in memory for the next run of this process."""
+    """Load the model and its processor; the last ones stay in memory for the next run of this process."""
     options = {k: v for k, v in vars(model).items() if k not in ("name", "pretrained")}
     try:
         return sparsevlm.load(model.pretrained, **options)

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += 1
             report(UserError(f"{need.name}: {one_line(error)}"))
     if failed:
-        print(f"{failed} of {len(needs)} are missing; the same command goes on with them", flush=True)
+        print(f"{failed} of {len(needs)} are missing; rerun the same command to fetch them", flush=True)
         return USER
     print("everything is there; with HF_HUB_OFFLINE=1 the runs ask the hub nothing", flush=True)
     return 0

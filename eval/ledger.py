@@ -1,8 +1,7 @@
-"""Append-only record of the answers of one run: what a killed run had answered is not asked again.
+"""Append-only record of the answers of one run, from which a killed run resumes.
 
-One JSON line per answer, appended batch by batch and synced to disk before the next batch starts. A line that a crash
-tore is cut off when the ledger is opened again. Where several processes work on one run, each writes a file of its own
-and reads those of all.
+Answers are JSON lines, appended batch by batch and synced to disk before the next batch starts. An incomplete last line
+is removed when the ledger is opened again. Each of a run's processes writes its own file and reads all of them.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Answer:
-    """One answered document.
+    """One answered document of a task.
 
     Attributes:
         task, doc_id: the document, in lmms-eval's names.
         prompt: the question as lmms-eval put it.
-        text: what the model said, cut at the task's stop strings.
+        text: the model's answer, cut at the task's stop strings.
         input_tokens: tokens of the prompt, visual ones included, padding excluded.
         output_tokens: generated tokens, end-of-sequence included.
         visual: visual tokens of the prompt.
@@ -51,11 +50,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """A document that could not be answered.
+    """A document whose question could not be answered.
 
     Attributes:
         task, doc_id, prompt: as in :class:`Answer`.
-        error: what went wrong, on one line.
+        error: the error message, on one line.
     """
 
     task: str
@@ -77,7 +76,7 @@ class Ledger:
         process: which of several processes this is; others than 0 write to `<path>.<process>`.
 
     Raises:
-        BlockingIOError: somebody else writes this process's file.
+        BlockingIOError: another process has this file open.
     """
 
     def __init__(self, path: Path, config_hash: str, process: int = 0) -> None:
@@ -95,7 +94,7 @@ class Ledger:
         self.read()
 
     def _cut(self) -> None:
-        """Remove a line that was torn."""
+        """Remove an incomplete last line."""
         self._file.seek(0)
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
@@ -103,7 +102,7 @@ class Ledger:
             self._file.truncate(whole)
 
     def read(self) -> None:
-        """Take in what all processes have written so far."""
+        """Read what all processes have written so far."""
         self._records = {}
         for path in ledger_files(self._first):
             content = path.read_bytes()
@@ -116,7 +115,7 @@ class Ledger:
                     continue  # not a line of ours: a disk error or another version; its document is asked again
 
     def _add(self, record: Answer | Failure) -> None:
-        """Answers count more than failures: a document that failed is asked again in the next attempt."""
+        """Add a record. An answer overrides a failure: failed documents are asked again in the next attempt."""
         if isinstance(record, Answer) or not isinstance(self._records.get(record.key), Answer):
             self._records[record.key] = record
 
@@ -124,17 +123,17 @@ class Ledger:
         return sum(isinstance(r, Answer) for r in self._records.values())
 
     def get(self, task: str, doc_id: int | str, prompt: str) -> Answer | None:
-        """The recorded answer to this prompt, or None."""
+        """Return the recorded answer to this prompt, or None."""
         found = self._records.get((task, str(doc_id), prompt))
         return found if isinstance(found, Answer) else None
 
     def failure(self, task: str, doc_id: int | str, prompt: str) -> Failure | None:
-        """Why there is no answer to this prompt, or None."""
+        """Return the recorded failure of this prompt, or None if there is none or an answer."""
         found = self._records.get((task, str(doc_id), prompt))
         return found if isinstance(found, Failure) else None
 
     def append(self, records: Sequence[Answer | Failure]) -> None:
-        """Write a batch; returns when it is on disk."""
+        """Write a batch; return when it is on disk."""
         lines = [json.dumps({"config": self.config_hash, **asdict(r)}, ensure_ascii=False) + "\n" for r in records]
         self._file.write("".join(lines).encode())
         self._file.flush()
@@ -153,5 +152,5 @@ class Ledger:
 
 
 def ledger_files(path: Path) -> list[Path]:
-    """The files of all processes that worked on a run, of its ledger's path."""
+    """Return the existing ledger files of all processes of a run, given the path of process 0."""
     return [p for p in (path, *sorted(path.parent.glob(f"{path.name}.*"))) if p.is_file()]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from eval.asking import MAX_NEW_TOKENS, Asker, GenerationError, Lane, plan_batches
 from eval.features import FeatureStore
 from eval.ledger import Answer, Ledger
-from eval.processes import placed
+from eval.processes import resolve_device
 from eval.stock import model_warnings, task_warnings
 from sparsevlm.methods.base import Method
 from sparsevlm.models import Processor
@@ -92,7 +92,7 @@ class SparseVLMAdapter(lmms):
             model, processor = sparsevlm.load(
                 pretrained,
                 dtype=dtype,
-                device=placed(device or "auto"),
+                device=resolve_device(device or "auto"),
                 attn_implementation=attn_implementation,
                 revision=revision,
                 prompt=prompt,

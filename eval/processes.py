@@ -51,10 +51,10 @@ class Processes:
         return self.number == 0
 
     def gather(self, mine) -> list:
-        """What each process has to say, in their order; waits for all.
+        """Return the objects of all processes in their order; wait for all.
 
         Raises:
-            ProcessGone: one of them is not there any more.
+            ProcessGone: another process has ended.
         """
         if self.count == 1:
             return [mine]
@@ -66,14 +66,14 @@ class Processes:
         return everyone
 
     def close(self) -> None:
-        """Part with the others."""
+        """Destroy the process group."""
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """For what only the first process does: libraries that look for others find none."""
+def single_process_env() -> Iterator[None]:
+    """Hide the other processes from libraries, for work that only the first process does."""
     before = {name: os.environ.pop(name) for name in _NAMES if name in os.environ}
     try:
         yield
@@ -81,8 +81,8 @@ def alone() -> Iterator[None]:
         os.environ.update(before)
 
 
-def placed(device: str) -> str:
-    """The device of this process: "auto" is a GPU if there is one; of several processes on a machine each has its own.
+def resolve_device(device: str) -> str:
+    """Return the device of this process: for "auto" a GPU if there is one; each process on a machine gets its own GPU.
 
     Raises:
         ValueError: more processes than GPUs.

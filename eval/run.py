@@ -7,14 +7,14 @@
     python -m eval.run -m hydra/launcher=joblib hydra.launcher.n_jobs=2 ...         jobs side by side on this machine
     python -m eval.run -m hydra/launcher=slurm hydra.launcher.partition=gpu ...     each job to Slurm
 
-Exit status: 0 every question was answered and scored (or had been); 1 a run failed; 2 something that was asked for
-cannot be; 3 all runs are there, but questions that could not be answered are left out (on_error=record); 4 all runs are
-there, but a language model that should have judged is missing or failed: its metrics are; 130 interrupted. An
-interrupted or failed run goes on where it was when the same command is given again.
-SPARSEVLM_TRACEBACK=1 shows where an error came from.
+Exit status: 0 all runs are finished, with every question answered and scored; 1 a run failed; 2 the request is
+invalid; 3 all runs are finished, but questions that failed are excluded (on_error=record); 4 all runs are finished, but
+without the metrics of a language model that is not set or failed; 130 interrupted. Rerun the same command to resume an
+interrupted or failed run. SPARSEVLM_TRACEBACK=1 prints tracebacks.
 
-A job is one combination of what is swept over. Jobs that differ in the method alone share pictures, prompts and visual
-features, unless a launcher makes processes of them; there, let each job be an `experiment` with many runs.
+A job is one combination of the values that are swept over. Jobs that differ only in the method share pictures, prompts
+and visual features, unless a launcher runs them in processes of their own; there, make each job an `experiment` with
+many runs.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ from eval.settings import Run, make_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; returns the exit status."""
+    """Run the evaluations that the command line asks for; return the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing and exiting with its own status
     command = shlex.join(["python", "-m", "eval.run", *arguments])
-    here: list[tuple[list[Run], dict | None]] = []  # runs and what to time, of the jobs of this process
+    here: list[tuple[list[Run], dict | None]] = []  # runs and latency options of the jobs in this process
     statuses: list[int] = []
 
-    def job(config: DictConfig) -> None:  # never raises: in a multirun the other jobs go on
+    def job(config: DictConfig) -> None:  # never raises, so that the other jobs of a multirun run
         launched = not HydraConfig.get().launcher._target_.endswith("BasicLauncher")
         try:
             runs, latency = _asked_for(OmegaConf.to_container(config, resolve=True))
-            if launched:  # this is a process of its own
+            if launched:  # this job has its own process
                 _write_status(_do([(runs, latency)], command))
             else:
                 here.append((runs, latency))
@@ -90,14 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _asked_for(config: dict) -> tuple[list[Run], dict | None]:
-    """The runs of one job, and what to time of them."""
+    """Return the runs of one job, and the options of its latency measurement."""
     experiment = config.pop("experiment") or {}
     runs = _listed(experiment["runs"]) if experiment else [_one(config)]
     return runs, experiment.get("latency")
 
 
 def _do(jobs: Sequence[tuple[list[Run], dict | None]], command: str) -> int:
-    """Do the runs of all jobs, and then what is to be timed if nothing failed."""
+    """Execute the runs of all jobs, then the latency measurements if nothing failed."""
     status = run_series([run for runs, _ in jobs for run in runs], command)
     to_time = [(runs, latency) for runs, latency in jobs if latency and status == 0 and is_first()]
     timed = [time_runs(runs, command=command, **latency) for runs, latency in to_time]
@@ -106,7 +106,7 @@ def _do(jobs: Sequence[tuple[list[Run], dict | None]], command: str) -> int:
 
 @contextmanager
 def _sweep_folder(arguments: Sequence[str]) -> Iterator[Path]:
-    """Where Hydra writes in a multirun: a temporary folder, but for launchers one that stays and that all can reach."""
+    """Yield the folder for Hydra's files in a multirun: a temporary one, or for launchers <results_dir>/jobs/<time>."""
     if not any(a.startswith("hydra/launcher=") for a in arguments):
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
@@ -117,14 +117,14 @@ def _sweep_folder(arguments: Sequence[str]) -> Iterator[Path]:
 
 
 def _write_status(status: int) -> None:
-    """Tell the process that launched this job how it ended."""
+    """Write this job's exit status for the process that launched it."""
     config = HydraConfig.get()
     path = Path(config.sweep.dir, f"{config.job.num}.status.json")
     path.write_text(json.dumps({"status": status, "job": " ".join(config.overrides.task)}) + "\n")
 
 
 def _read_statuses(folder: Path) -> list[int]:
-    """How the launched jobs ended; those that failed are named."""
+    """Return the exit statuses of the launched jobs; print those that failed."""
     ended = [json.loads(path.read_text()) for path in sorted(folder.glob("*.status.json"))]
     for job in ended:
         if job["status"]:

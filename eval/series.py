@@ -1,4 +1,4 @@
-"""One or several runs: what is there already is skipped, what fails does not stop the others."""
+"""Execute several runs: finished ones are skipped, and a failed one does not stop the others."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ SAMPLED_FROM, SAMPLED_BATCHES = 2000, 4  # answers of a task for which it is wor
 
 
 def run_series(runs: Sequence[Run], command: str) -> int:
-    """Do all runs that have no finished folder yet, with one progress bar over all their questions.
+    """Execute all runs that have no finished folder yet, with one progress bar over all their questions.
 
-    Runs that differ in the method alone go through their questions together; tasks and models come one after the other.
+    Runs that differ only in the method are asked question by question together; tasks and models follow one another.
 
     Args:
-        command: how they were started, for env.json.
+        command: the command line that started them, for env.json.
 
     Returns:
-        The exit status: 0 if all have a finished folder now, with all questions in it.
+        The exit status: 0 if all have a finished folder with all questions.
     """
     git_at_start()
     processes = Processes()
@@ -48,7 +48,7 @@ def run_series(runs: Sequence[Run], command: str) -> int:
 class _Series:
     def __init__(self, processes: Processes, command: str) -> None:
         self.processes, self.command = processes, command
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
 
     def do(self, runs: Sequence[Run]) -> int:
         unique, statuses = self._identified(runs)
@@ -57,67 +57,65 @@ class _Series:
         together = {}
         for name, run in unique.items():
             if isinstance(there[name], UserError):
-                statuses.append(self._tell(there[name]))
+                statuses.append(self._report(there[name]))
             elif there[name] is None:
-                together.setdefault(run.company, []).append((run, folders[name]))
+                together.setdefault(run.batch_key, []).append((run, folders[name]))
             else:
                 statuses.append(self._already_there(run, RunFolder(run.results_dir, there[name])))
         if not together:
             return worst(statuses)
-        companies = list(together.values())
+        batches = list(together.values())
         bar = Progress(shown=self.processes.first)
-        bar.groups = [self._group(i, company, len(companies)) for i, company in enumerate(companies, 1)]
-        self._sample(companies, bar.groups)
-        for company, group in zip(companies, bar.groups, strict=True):
+        bar.groups = [self._group(i, batch, len(batches)) for i, batch in enumerate(batches, 1)]
+        self._sample(batches, bar.groups)
+        for batch, group in zip(batches, bar.groups, strict=True):
             bar.begin(group)
-            statuses += self._company(company, bar)
+            statuses += self._run_batch(batch, bar)
         bar.close()
         failed = sum(s not in (0, EXCLUDED, NOT_JUDGED) for s in statuses)
         if failed and len(statuses) > 1:
-            self._say(f"{failed} of {len(statuses)} runs have no results; the same command goes on with them")
+            self._print(f"{failed} of {len(statuses)} runs have no results; rerun the same command to resume")
         return worst(statuses)
 
     def _identified(self, runs: Sequence[Run]) -> tuple[dict[str, Run], list[int]]:
-        """The runs by their ids, each once, and the statuses of those whose questions cannot be loaded.
+        """Return run id -> run, without duplicates, and the exit statuses of runs whose questions cannot be loaded.
 
-        The first process is the first to load a task, and so the one that makes or downloads its data.
+        The first process loads the tasks first: it makes or downloads their data.
         """
         names = [_name(run) for run in runs] if self.processes.first else []
         names = self.processes.gather(names)[0]
         found, statuses = {}, []
         for run, name in zip(runs, names, strict=True):
             if isinstance(name, Exception):
-                statuses.append(self._tell(name))
+                statuses.append(self._report(name))
             else:
                 found.setdefault(name, run)
         return found, statuses
 
     def _already_there(self, run: Run, folder: RunFolder) -> int:
         left_out, not_scored = folder.excluded(), folder.not_scored()
-        self._say(f"already there: {folder.path}{_left_out(left_out)}{_not_judged(not_scored)}")
+        self._print(f"already there: {folder.path}{_excluded_note(left_out)}{_not_judged_note(not_scored)}")
         self.compared(folder)
         missed = not_scored and run.task.options["judge"] != EXACT_MATCH
         return worst([EXCLUDED if left_out else 0, NOT_JUDGED if missed else 0])
 
-    def _group(self, number: int, company: Sequence[tuple[Run, RunFolder]], of: int) -> Group:
-        first = company[0][0]
-        title = first.label if len(company) == 1 else f"{len(company)} runs"
+    def _group(self, number: int, batch: Sequence[tuple[Run, RunFolder]], of: int) -> Group:
+        first = batch[0][0]
+        title = first.label if len(batch) == 1 else f"{len(batch)} runs"
         if of > 1:
             title = f"{number} of {of}, {first.task.name}: {title}"
         questions = -(-TASKS[first.task.name].questions(first.limit) // self.processes.count)
-        return Group(title, questions, [run.label for run, _ in company])
+        return Group(title, questions, [run.label for run, _ in batch])
 
-    def _sample(self, companies: Sequence[Sequence[tuple[Run, RunFolder]]], groups: Sequence[Group]) -> None:
-        """Ask a little of every large task before the first one goes on, so that the time left can be told."""
+    def _sample(self, batches: Sequence[Sequence[tuple[Run, RunFolder]]], groups: Sequence[Group]) -> None:
+        """Ask a few questions of every later large task first, to estimate the time left."""
         from eval.evaluate import Job, sample
 
-        rest = [
-            (c, g) for c, g in zip(companies[1:], groups[1:], strict=True) if c[0][0].model == companies[0][0][0].model
-        ]
-        for company, group in rest:
-            if group.questions * len(company) < SAMPLED_FROM:
+        rest = [(c, g) for c, g in zip(batches[1:], groups[1:], strict=True) if c[0][0].model == batches[0][0][0].model]
+        for batch, group in rest:
+            if group.questions * len(batch) < SAMPLED_FROM:
                 continue
-            job = Job(*company[0])
+            job = Job(*batch[0])
             try:
                 group.sampled[group.labels[0]] = sample(job, SAMPLED_BATCHES, self.processes)
             except KeyboardInterrupt:
@@ -126,21 +124,21 @@ class _Series:
             except ProcessGone:
                 raise
             except Exception:
-                continue  # it will fail again when it is its turn, and is told then
+                continue  # it fails again in its turn, and is reported then
 
-    def _company(self, company: Sequence[tuple[Run, RunFolder]], bar: Progress) -> list[int]:
-        """Runs that differ in the method alone; returns their statuses."""
+    def _run_batch(self, batch: Sequence[tuple[Run, RunFolder]], bar: Progress) -> list[int]:
+        """Execute runs that differ only in the method; return their exit statuses."""
         from eval.evaluate import Job, execute
 
-        jobs = [Job(run, folder) for run, folder in company]
+        jobs = [Job(run, folder) for run, folder in batch]
         try:
             execute(jobs, self.command, bar, self.processes)
         except KeyboardInterrupt:
             bar.close()
-            kept = _kept(sum(folder.answers_kept() for _, folder in company))
+            kept = _kept(sum(folder.answers_kept() for _, folder in batch))
             who, count = "", self.processes.count
             if count > 1:
-                who = f"process {self.processes.number} of {count} was stopped, as all are when one of them ends; "
+                who = f"process {self.processes.number} of {count} was stopped (all stop when one of them ends); "
             print(f"interrupted: {who}{kept}", file=sys.stderr, flush=True)
             raise
         except ProcessGone:
@@ -148,43 +146,43 @@ class _Series:
             raise
         except Exception as error:
             bar.close()
-            return [self._tell(error)] * len(jobs)
+            return [self._report(error)] * len(jobs)
         statuses = []
         for job in jobs:
             if job.error is None:
-                notes = _left_out(job.excluded) + _not_judged(job.folder.not_scored())
-                self._say(f"{job.run.label}: {_summary(job.folder)}{notes} -> {job.folder.path}")
+                notes = _excluded_note(job.excluded) + _not_judged_note(job.folder.not_scored())
+                self._print(f"{job.run.label}: {_summary(job.folder)}{notes} -> {job.folder.path}")
                 self.compared(job.folder)
                 statuses.append(worst([EXCLUDED if job.excluded else 0, NOT_JUDGED if job.not_judged else 0]))
             elif isinstance(job.error, UserError):
                 bar.close()
-                statuses.append(self._tell(job.error))
+                statuses.append(self._report(job.error))
             else:
                 bar.close()
                 what = f"{job.folder.path.name} failed; {_kept(job.folder.answers_kept())}: "
-                statuses.append(self._tell(job.error, what))
+                statuses.append(self._report(job.error, what))
         return statuses
 
     def compared(self, folder: RunFolder) -> None:
-        """Say by how much an unpruned run of the papers' settings differs from what was published."""
+        """Print how far an unpruned run with the papers' settings is from the published numbers."""
         path = folder.path / "config.yaml"
         if self.processes.first and path.is_file():
             found = compare(folder.metrics(), yaml.safe_load(path.read_text(encoding="utf-8")))
             if found is not None:
-                self._say(str(found), sys.stderr if found.loud else None)
+                self._print(str(found), sys.stderr if found.loud else None)
 
-    def _say(self, text: str, file=None) -> None:
+    def _print(self, text: str, file=None) -> None:
         if self.processes.first:
             file = file or sys.stdout
             tqdm.write(text, file=file)
             file.flush()
 
-    def _tell(self, error: Exception, what: str = "") -> int:
-        """Report an error, but not the same one again for every run."""
+    def _report(self, error: Exception, what: str = "") -> int:
+        """Report an error, once for all runs that it concerns."""
         text = f"{what}{error}"
-        if not self.processes.first or text in self.told:
+        if not self.processes.first or text in self.reported:
             return report(error, what, shown=False)
-        self.told.add(text)
+        self.reported.add(text)
         return report(error, what)
 
 
@@ -218,20 +216,20 @@ def time_runs(runs: Sequence[Run], repeats: int, warmup: int, command: str) -> i
 
 
 def _kept(answers: int) -> str:
-    return f"{answers} answers are kept, the same command goes on from there"
+    return f"{answers} answers are kept; rerun the same command to resume"
 
 
-def _left_out(questions: int) -> str:
+def _excluded_note(questions: int) -> str:
     return f", {questions} questions EXCLUDED (excluded.jsonl says why)" if questions else ""
 
 
-def _not_judged(metrics: Mapping[str, str]) -> str:
+def _not_judged_note(metrics: Mapping[str, str]) -> str:
     reasons = " and ".join(dict.fromkeys(metrics.values()))
     return f", {' and '.join(metrics)} NOT JUDGED: {reasons}; the answers are kept" if metrics else ""
 
 
 def _name(run: Run) -> str | Exception:
-    """A run's id, or why it has none."""
+    """Return a run's id, or the error that prevents it."""
     try:
         return run.run_id()
     except Exception as error:
@@ -239,8 +237,8 @@ def _name(run: Run) -> str | Exception:
 
 
 def _there(run: Run, folder: RunFolder) -> str | UserError | None:
-    """The name of the finished folder that has what a run would have, or what is wrong with it; None if there is
-    something to do."""
+    """Return the name of a finished folder with the run's results, or what is wrong with it; None if there is something
+    to do."""
     try:
         if not folder.finished:
             elsewhere = judged_elsewhere(run)

@@ -1,4 +1,4 @@
-"""What one run is: a checked, normalised configuration, its hash, and the name of its folder."""
+"""Check a configuration and make a run of it: normalised settings, their hash, and the run folder's name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import sparsevlm
 from eval.asked import asked, forget
 from eval.errors import ON_ERROR, UserError, one_line, unknown
-from eval.processes import placed
+from eval.processes import resolve_device
 from eval.tasks import TASKS, TaskSettings, task_settings
 from sparsevlm.budget import check_budget
 from sparsevlm.methods.base import Method, checked
@@ -45,7 +45,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """One run, ready to be executed.
+    """One evaluation run with checked settings.
 
     Attributes:
         method: built, with its budget.
@@ -53,7 +53,7 @@ class Run:
             tokens stay.
         limit: number of questions; None = all of the task.
         max_new_tokens: None = as the task says.
-        on_error: "stop" at a question that cannot be answered, or "record" it as excluded and go on.
+        on_error: "stop" at a question that cannot be answered, or "record" it as excluded and continue.
         feature_mb: main memory for visual features.
         checkpoint: folder of the model's files.
         n_visual: visual tokens of one picture, or of one video where the task is about videos.
@@ -74,16 +74,17 @@ class Run:
 
     @property
     def options(self) -> dict:
-        """The method's options, all of them, without the budget."""
+        """All options of the method, without the budget."""
         return {k: v for k, v in asdict(self.method).items() if k != "budget"}
 
     def identity(self, judged: bool = True) -> dict:
-        """Everything that changes the numbers, and nothing else (not the batch size, the device, or the folder).
+        """Return all settings that change the run's numbers, and no others (batch size, device and folder do not).
 
-        Names are not enough: what is really asked is looked at, for which the task is loaded (see `eval.asked`).
+        It includes digests of the rendered requests and of the processing, for which the task is loaded; see
+        `eval.asked`.
 
         Args:
-            judged: False = everything that changes the answers: not the language model that judges them.
+            judged: False = leave out the language model that judges: all settings that change the answers.
 
         Raises:
             UserError: the task or the processor cannot be loaded.
@@ -103,34 +104,34 @@ class Run:
         }
 
     def config_hash(self) -> str:
-        """8 hexadecimal digits of :meth:`identity`."""
+        """Return 8 hexadecimal digits that identify :meth:`identity`."""
         return _short_hash(self.identity())
 
     def answers_hash(self) -> str:
-        """The same of what changes the answers: equal for runs that differ in their judge alone."""
+        """Return the same without the judge: equal for runs with the same answers."""
         return _short_hash(self.identity(judged=False))
 
     def run_id(self, judged: bool = True) -> str:
-        """The folder's name; `judged=False`: of the run that is the same without a judge."""
+        """Return the run folder's name; with `judged=False`, that of the same run without a judge."""
         digest = self.config_hash() if judged else self.answers_hash()
         parts = (self.task.name, self.model.name, self.method.name, self.budget, digest)
         return "__".join(map(str, parts))
 
     @property
-    def company(self) -> tuple:
-        """Equal for runs that can go through the questions together: they differ in the method alone."""
+    def batch_key(self) -> tuple:
+        """A key that is equal for runs that can be batched together: they differ only in the method."""
         same = (self.model, self.task, self.limit, self.max_new_tokens, self.batch_size, self.on_error, self.feature_mb)
         return (repr(same), self.results_dir)
 
     @property
     def changed(self) -> list[tuple[str, object]]:
-        """The method's options that are not defaults."""
+        """The method's options that differ from their defaults."""
         defaults = {f.name: f.default for f in fields(self.method)}
         return [(k, v) for k, v in self.options.items() if v != defaults[k]]
 
     @property
     def label(self) -> str:
-        """For people: the method, its options that are not defaults, and the budget."""
+        """A label for messages: the method, its options that differ from their defaults, and the budget."""
         return " ".join([self.method.name, *(f"{k}={v}" for k, v in self.changed), f"budget={self.budget}"])
 
 
@@ -140,13 +141,13 @@ def _short_hash(content: dict) -> str:
 
 
 def make_run(config: Mapping) -> Run:
-    """Check a composed configuration and fill in what is left to defaults.
+    """Check a composed configuration and make the run.
 
     Args:
         config: plain dict with the keys of configs/config.yaml.
 
     Raises:
-        UserError: an unknown key or name, a value out of range, or a checkpoint that is not there or broken.
+        UserError: an unknown key or name, a value out of range, or a checkpoint that is missing or damaged.
     """
     forget()
     _known(config, _TOP, "")
@@ -181,10 +182,10 @@ def make_run(config: Mapping) -> Run:
 
 
 def _method(config: Mapping, budget, n_visual: int, text_config) -> tuple[Method, int | str]:
-    """The built method and the budget's name.
+    """Build the method; return it with the budget as in the run folder's name.
 
     Raises:
-        ValueError: whatever the method objects to, or a method that would drop nothing although nobody said so.
+        ValueError: options that the method refuses, or a pruning method without budget or options that set one.
     """
     options = {k: v for k, v in config.items() if k != "name" and v is not None}
     name = config["name"]
@@ -192,9 +193,9 @@ def _method(config: Mapping, budget, n_visual: int, text_config) -> tuple[Method
     if name == "none":
         return sparsevlm.build(name, budget="full", **options), "full"
     method = sparsevlm.build(name, budget=budget, **options)
-    schedule = method.plan(n_visual, text_config.num_hidden_layers)  # objects to what this model cannot do
+    schedule = method.plan(n_visual, text_config.num_hidden_layers)  # raises for layers that this model lacks
     if budget is None and not schedule.layers:
-        raise ValueError(f"method {name} drops nothing without a budget: add for example budget=192")
+        raise ValueError(f"method {name} drops nothing without a budget. Use for example budget=192")
     return method, "explicit" if budget is None else budget
 
 
@@ -208,7 +209,7 @@ def _resolved(model: ModelSettings) -> ModelSettings:
         checked(f"model.{field.name}", getattr(model, field.name), str(field.type))
     if not model.name or set(model.name) & set("/\\\0"):
         raise ValueError(f"model.name={model.name!r} cannot be part of a folder's name. Use letters, digits, '_', '-'")
-    device = placed(model.device)
+    device = resolve_device(model.device)
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -220,9 +221,9 @@ def _resolved(model: ModelSettings) -> ModelSettings:
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """16 hexadecimal digits that change with the configuration, the tokenizer or the weights of a checkpoint folder.
+    """Return 16 hexadecimal digits that change with the configuration, tokenizer or weights of a checkpoint folder.
 
-    Of files above 64 MiB the size and 64 samples count, the header among them, so that 14 GB take a moment.
+    Files above 64 MiB are represented by their size and 64 samples, the header among them, to be fast for 14 GB.
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in checkpoint.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".model")):

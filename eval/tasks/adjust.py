@@ -105,9 +105,9 @@ def conbench_results(doc: dict, results: list[str]) -> dict:
 @lru_cache(maxsize=1)
 def _nextqa():
     """lmms-eval's module, with its random guess for unreadable answers replaced by no answer."""
-    from eval.tasks.loading import undisturbed
+    from eval.tasks.loading import quiet_import
 
-    with undisturbed():
+    with quiet_import():
         from lmms_eval.tasks.nextqa import utils
 
     class NoGuess:

@@ -22,7 +22,7 @@ from tenacity import stop_after_attempt
 
 from eval.errors import UserError, one_line
 from eval.judge import Judge, judge_of
-from eval.processes import alone
+from eval.processes import single_process_env
 from eval.tasks.base import EXACT_MATCH, NO_JUDGE, Task, TaskSettings
 from eval.tasks.folders import FOLDER, cache_dir, hf_home
 from eval.tasks.generated import Generated
@@ -131,7 +131,7 @@ def load(task: Task, settings: TaskSettings, limit: int | None) -> Loaded:
     judge = judge_of(settings.options) if task.judge else None
     logging.getLogger("datasets").setLevel(logging.ERROR)  # "Using the latest cached version", for every table
     try:
-        with alone():  # lmms-eval would wait for the other processes, which wait for this one
+        with single_process_env():  # lmms-eval would wait for the other processes, which wait for this one
             manager = task_manager(task.folder)
             return _load(manager, task, settings, limit, judge)
     except UserError:
@@ -173,7 +173,7 @@ def _task(manager: TaskManager, task: Task, settings: TaskSettings, name: str, l
     ConfigurableTask.process_results.retry.stop = stop_after_attempt(1)  # scoring does not get better by waiting
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     ConfigurableTask.download.retry.stop = stop_after_attempt(1 if offline else 5)
-    with undisturbed():
+    with quiet_import():
         if isinstance(task, Generated):
             entry = task.prepare(settings.seed, limit or task.size)
         else:
@@ -266,8 +266,8 @@ def check_videos(task: ConfigurableTask) -> None:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Importing lmms-eval's tasks without what they do by the way.
+def quiet_import() -> Iterator[None]:
+    """Import lmms-eval's tasks without their side effects.
 
     The module for MM-Vet makes a client, which wants a key (it is never used); the one for NExT-QA downloads
     dictionaries, again for each of its functions (they are for its open-ended half).

@@ -151,7 +151,7 @@ class TestFailures:
     def test_interrupted(self, monkeypatch, capfd):
         breaking(monkeypatch, 2, KeyboardInterrupt())
         assert main(FAST) == 130
-        assert "interrupted: 2 answers are kept, the same command goes on" in capfd.readouterr().err
+        assert "interrupted: 2 answers are kept; rerun the same command to resume" in capfd.readouterr().err
         assert main(FAST) == 0
 
     def test_a_question_without_a_score_is_a_failure(self, monkeypatch, capfd):
@@ -259,7 +259,7 @@ class TestMultirun:
         out, err = capfd.readouterr()
         assert [n.split("__")[2] for n in folders() if not n.startswith(".")] == ["random"]
         assert "fastv__64" in err and "document 0: ZeroDivisionError" in err
-        assert "1 of 2 runs have no results; the same command goes on with them" in out
+        assert "1 of 2 runs have no results; rerun the same command to resume" in out
 
     def test_a_task_that_fails_does_not_stop_those_after_it(self, monkeypatch, capfd):
         original = evaluate._questions

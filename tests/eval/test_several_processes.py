@@ -78,8 +78,8 @@ def test_a_killed_one_ends_the_other_and_another_number_goes_on(tmp_path):
     next(c for c in children if c.environ().get("RANK") == "1").kill()
     _, err = started.communicate(timeout=100)
     assert started.returncode != 0
-    assert "process 0 of 2 was stopped, as all are when one of them ends; " in err
-    assert "answers are kept, the same command goes on from there" in err
+    assert "process 0 of 2 was stopped (all stop when one of them ends); " in err
+    assert "answers are kept; rerun the same command to resume" in err
     (partial,) = tmp_path.glob("results/runs/.*.partial")
     kept = {
         (a["doc_id"], a["seconds"])

@@ -14,7 +14,7 @@ from eval.errors import UserError
 from eval.tasks import TASKS, scores
 from eval.tasks.adjust import nextqa_results
 from eval.tasks.generated import Generated
-from eval.tasks.loading import undisturbed
+from eval.tasks.loading import quiet_import
 from tests.eval.benchmarks import hub_cache
 from tests.eval.benchmarks.asked import evaluate, loaded, outcome
 from tests.eval.benchmarks.oracle import Answers, falsehood, truth
@@ -164,7 +164,7 @@ def shipped(hub, tmp_path_factory):
     root = Path(lmms_eval.tasks.__file__).parent
     manager = TaskManager(include_path=[str(root / f) for f in folders], include_defaults=False, model_name="x")
     names = ["pope_adv", "pope_pop", "pope_random", "mme", "mmbench_en_dev_static", "ConBench", "videomme"]
-    with undisturbed():
+    with quiet_import():
         tasks = get_task_dict([*names, *TASKS["mvbench"].lmms], manager, "simple")
     model = Answers(sometimes)
     return evaluate(list(tasks.values()), manager, model, tmp_path_factory.mktemp("shipped"))["results"]
