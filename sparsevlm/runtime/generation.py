@@ -32,18 +32,17 @@ def overrides(cls: type[nn.Module]) -> dict:
     """Methods of the subclass that a model of class `cls` has inside a block."""
     if not hasattr(cls, "generate"):
         return {}
-    generate, prepare = cls.generate, cls._prepare_generation_config
 
-    @functools.wraps(generate)
+    @functools.wraps(cls.generate)  # looked up again at each call: somebody may have replaced it on the class since
     def pruned_generate(self, *args, **kwargs):
         hooks = _hooks.get(self)
         if hooks is None:  # a bound method that outlived the block
-            return generate(self, *args, **kwargs)
-        return inside_generate(hooks, functools.partial(generate, self), args, kwargs)
+            return cls.generate(self, *args, **kwargs)
+        return inside_generate(hooks, functools.partial(cls.generate, self), args, kwargs)
 
-    @functools.wraps(prepare)
+    @functools.wraps(cls._prepare_generation_config)
     def prepare_generation_config(self, *args, **kwargs):
-        config, model_kwargs = prepare(self, *args, **kwargs)
+        config, model_kwargs = cls._prepare_generation_config(self, *args, **kwargs)
         hooks = _hooks.get(self)
         if hooks is not None:
             _check(hooks, config)
