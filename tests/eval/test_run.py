@@ -138,7 +138,7 @@ class TestFailures:
         err = capfd.readouterr().err
         (name,) = folders()
         assert name.startswith(".minivqa__mini__random__16__") and name.endswith(".partial")
-        assert sorted(os.listdir(Path("results/runs", name))) == ["ledger.jsonl"]
+        assert sorted(os.listdir(Path("results/runs", name))) == ["ledger.jsonl", "started.jsonl"]
         message = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(message) == 1 and "2 answers are kept" in message[0] and "some thing" in message[0]
         assert "task minivqa, document " in message[0] and "Traceback" not in err
