@@ -97,17 +97,23 @@ class Judge:
             self._silent = False
 
     def keep_in(self, file: Path) -> None:
-        """Look replies up in this file of JSON lines, and write there all that are used from now on: a killed run asks
-        nothing twice, and each run has its own."""
+        """Look replies up in a file of JSON lines, and write all that are used to it: a killed run asks nothing twice.
+
+        Raises:
+            UserError: a line that is no reply.
+        """
         self._file, self._written = file, set()
         self.versions.clear()
         content = file.read_bytes() if file.is_file() else b""
         whole = content.rfind(b"\n") + 1
         if whole < len(content):  # torn by a crash
             os.truncate(file, whole)
-        for line in content[:whole].splitlines():
-            row = json.loads(line)
-            self._replies[row["request"]] = row
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self._replies[row["request"]] = {"reply": row["reply"], "version": row["version"], **row}
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{file}: line {number} is no reply of a judge. Delete it to ask again") from error
             self._written.add(row["request"])
 
     def put_in_order(self) -> None:

@@ -209,3 +209,11 @@ def test_replies_are_kept_and_asked_once(served, tmp_path):
 )
 def test_exact_match(answer, prediction, score):
     assert exact_match(answer, prediction) == score
+
+
+@pytest.mark.parametrize("line", ["[1]", "nonsense", '{"request": "a"}', "7"])
+def test_a_damaged_file_of_replies_is_named(tmp_path, line):
+    file = tmp_path / "judge.jsonl"
+    file.write_text(f'{{"request": "a", "reply": "0.5", "version": "v"}}\n{line}\n')
+    with pytest.raises(UserError, match=r"judge.jsonl: line 2 is no reply of a judge. Delete it to ask again"):
+        Judge("m", "http://localhost:1/v1").keep_in(file)
