@@ -13,7 +13,7 @@ without the metrics of a language model that is not set or failed; 130 interrupt
 interrupted or failed run. SPARSEVLM_TRACEBACK=1 prints tracebacks.
 
 A job is one combination of the values that are swept over. Jobs that differ only in the method share pictures, prompts
-and visual features, unless a launcher runs them in processes of their own; there, make each job an `experiment` with
+and visual features, unless a launcher runs them in processes of their own; there, give each job an `experiment` with
 many runs.
 """
 
