@@ -20,6 +20,7 @@ from tests.commands import ROOT, Command, commands
 ELSEWHERE = {
     "python -m eval.run method=loudest budget=128 limit=16": "tests/methods/test_contributing.py",
     "python -m lmms_eval": "tests/eval/test_processes.py",
+    "python -m eval.tasks": "tests/methods/test_contributing.py",
 }
 LAUNCHERS = ("joblib", "slurm", "submitit_local")
 COMMANDS = commands()
@@ -144,7 +145,7 @@ def module_of(command: Command) -> tuple[str, list[str]] | None:
             word == "-m"
             and words[i + 1] != "eval.fetch"
             and "eval.run" not in words
-            and words[i + 1] not in ("eval", "lmms_eval")
+            and words[i + 1] not in ("eval", "eval.tasks", "lmms_eval")
         ):
             return words[i + 1], words[i + 2 :]
     return None

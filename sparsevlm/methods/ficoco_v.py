@@ -179,7 +179,8 @@ class FiCoCoV(BlockMethod):
         best = windows.transpose(2, 3).flatten(3).argmax(3, keepdim=True)  # of equals the first
         row = torch.arange(side, device=best.device)[:, None, None] * self.window + best // self.window
         column = torch.arange(side, device=best.device)[:, None] * self.window + best % self.window
-        chosen = torch.zeros_like(there).scatter(1, (row * grid + column).flatten(1), True)
+        chosen = (row * grid + column).flatten(1)
+        chosen = torch.zeros_like(there).scatter(1, chosen, torch.ones_like(chosen, dtype=there.dtype))
         chosen = chosen & (torch.arange(grid**2, device=best.device) < t)
         scratch["map"] = full.masked_fill(chosen, empty)
         scaled = torch.where(score < 0, score / self.scaling, score * self.scaling)
@@ -188,7 +189,7 @@ class FiCoCoV(BlockMethod):
     def encode(self, vision: Vision, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
         made = super().encode(vision, pictures, encoding)
         if self.variant == "code":
-            for reduced in made:
+            for reduced in (r for r in made if not r.origin.is_meta):  # else there are sizes only, as in counts
                 reduced.extra = (reduced.origin < 0).sum(1).tolist()
         return made
 

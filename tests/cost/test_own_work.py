@@ -220,3 +220,9 @@ def test_counting_leaves_no_watcher_behind(model):
     assert parts._watcher is None
     with parts.watch(lambda name: None), pytest.raises(RuntimeError, match="already"):
         counters.torch_gmacs(torch.nn.Identity(), (torch.empty(1, device="meta"),))
+
+
+def test_variants_of_the_released_code_are_counted(model):
+    """They can be traced without values, and leave the language model as many tokens as any method of that budget."""
+    code = count(model, "ficoco_v", 18, {"start": 1, "variant": "code"})
+    assert code["method"] > 0 and code["llm_prefill"] == count(model, "fastervlm", 18, {})["llm_prefill"]

@@ -52,7 +52,7 @@ class TestConfigFiles:
         assert mine.model == dataclasses.replace(mini.model, name="mine")
 
     def test_a_model_without_a_name(self):
-        with pytest.raises(UserError, match="the config group model lacks name, pretrained. Set them in its file"):
+        with pytest.raises(UserError, match="model has no name.* Use model=<name> with a name of configs/model"):
             settle("model=_base")
 
     @pytest.mark.parametrize("name", names("model"))

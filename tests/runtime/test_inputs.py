@@ -99,7 +99,7 @@ def test_embeddings_hide_the_question_of_cdpruner():
     x, _ = inputs("one", model)
     with build("cdpruner")(model):
         for call in (model, model.generate):
-            with pytest.raises(ValueError, match="'cdpruner' reads the question: pass input_ids instead"):
+            with pytest.raises(ValueError, match="'cdpruner' reads the question from input_ids"):
                 call(**embedded(model, x))
 
 

@@ -132,11 +132,11 @@ def test_processes_count_the_same(tmp_path, made):
         assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
 
 
-def test_the_readme_quotes_the_reference():
+def test_the_page_on_costs_quotes_the_reference():
     table = [line for line in (REFERENCE / "flops__t118.md").read_text().splitlines() if line.startswith("|")]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(readme) if "the paper's formula" in line)
-    quoted = [line for line in readme[start : start + 6]]
+    page = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(page) if "the paper's formula" in line)
+    quoted = [line for line in page[start : start + 6]]
     assert all(line in table for line in quoted) and quoted[2].startswith("| none | full | 4.62 |")
     assert [line.split(" | ")[1] for line in quoted[3:]] == ["192", "128", "64"]
 

@@ -341,7 +341,7 @@ def test_what_nobody_judged_says_so_and_every_other_cell_is_there(tmp_path, metr
     folders.benchmark_run(tmp_path, "mmvet", {"gpt_eval_score": 0.3}, "fastv", 192)
     found = rows(ICML, tmp_path)
     assert found["none", "full"]["MM-Vet"] == ["not judged"] and found["fastv", "192"]["MM-Vet"] == ["30.0"]
-    assert [found["none", "full"][b.label] for b in ICML.benchmarks[:-1]] == [
+    assert [found["none", "full"][b.ours] for b in ICML.benchmarks[:-1]] == [
         [SCORES[b.task][1]] for b in ICML.benchmarks[:-1]
     ]
     assert "mmvet" in paper_table(ICML, read_runs(tmp_path)).caption

@@ -73,7 +73,8 @@ class TestMarks:
         samples, metrics = asked(truth).outcomes[name]
         assert len(samples) == one.n > 0
         headline = next(iter(metrics))
-        assert headline == one.about()["metric"] and metrics[headline] == FULL[one.about()["scale"]]
+        about = one.about(metrics)
+        assert headline == about["metric"] and metrics[headline] == FULL[about["scale"]]
 
     @pytest.mark.parametrize("name", SCORED)
     @pytest.mark.parametrize("say", [falsehood, silence])
@@ -199,7 +200,7 @@ class TestOwnAggregation:
     )
     def test_groups(self, asked, shipped, name, task, metric):
         found = next(iter(self.ours(asked, name).values()))
-        assert 0 < found < FULL[asked(sometimes).loaded[name].about()["scale"]]
+        assert 0 < found < FULL[asked(sometimes).loaded[name].about([metric])["scale"]]
         assert found == pytest.approx(shipped[task][f"{metric},none"])
 
     def test_mvbench(self, asked, shipped):
