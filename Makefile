@@ -88,7 +88,7 @@ lint: setup ## check style
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
 flops: setup ## count the multiply-adds of every method on LLaVA-1.5-7B, 13B and Video-LLaVA; no weights needed
-	@$(RUN) scripts/flops_table.py --results $(results) $(args)
+	@$(RUN) scripts/tables/flops.py --results $(results) $(args)
 
 # Overhead on one thread: a wide and a narrow random Llama with the authors' keep lists, and the embedded model.
 BENCH = $(RUN) -m sparsevlm.cost.bench --threads 1 --warmup 1 --decode-tokens 4 --out $(results)/latency
@@ -103,13 +103,13 @@ latency: setup ## time pruning against the unpruned model and the floor on this 
 		--setting "sparsevlm::layers=(2,6,15):keep=(300,200,110):early_drop=False" \
 		--setting "sparsevlm::layers=(2,6,15):keep=(66,30,17):early_drop=False" $(args)
 	@$(BENCH) --shape mini --prompt 4+576+8 --repeats 20 --methods sparsevlm,fastv,random --budgets 192,128,64 $(args)
-	@$(RUN) scripts/plot_latency.py --results $(results)
+	@$(RUN) scripts/make_figures.py --results $(results) --only latency
 
 tables: setup ## make the tables of the runs
 	@$(RUN) scripts/make_tables.py --results $(results) $(args)
 
 figures: setup ## draw the figures of the runs
-	@for script in scripts/plot_*.py; do $(RUN) $$script --results $(results) $(args); done
+	@$(RUN) scripts/make_figures.py --results $(results) $(args)
 
 report: paper
 paper: setup ## all tables, all figures and results/report.html, of the runs or else of results/reference

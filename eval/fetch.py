@@ -25,8 +25,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eval.configs import CONFIGS, explain
 from eval.errors import USER, UserError, one_line, report
+from eval.runs.configs import CONFIGS, explain
 from eval.tasks import TASKS, TaskSettings, task_settings
 from eval.tasks.folders import hf_home
 from eval.tasks.generated import Generated
@@ -115,8 +115,8 @@ def _composed(arguments: Sequence[str]) -> Iterator[dict]:
 
 def _load(settings: TaskSettings, limit: int | None) -> None:
     """Load a task as a run does: what is missing is fetched, and videos are looked for."""
-    from eval.evaluate import quiet
     from eval.tasks import load
+    from eval.tasks.requests import quiet
 
     quiet()
     load(settings, limit)

@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import sparsevlm  # isort: skip  - before transformers: it makes torchvision importable beside a CPU-only torch
@@ -27,9 +27,10 @@ import sparsevlm  # isort: skip  - before transformers: it makes torchvision imp
 import torch
 from PIL import Image
 
-from eval import environment
-from eval.controls import Oracle, Saliency
-from eval.settings import fingerprint
+from eval.runs import environment
+from eval.runs.settings import fingerprint
+from eval.separation_report import Setting, write
+from eval.tasks.controls import Oracle, Saliency
 from eval.tasks.minivqa.dataset import VERSION, rows
 from eval.tasks.minivqa.utils import normalise
 from sparsevlm.methods.base import Method
@@ -40,23 +41,11 @@ _CONTROLS = {"oracle": Oracle, "saliency": Saliency}
 _LEFT_OUT = ("none", "cdpruner")  # the first is run once, the second needs a CLIP text tower
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One line of the report: a method or control, its options, its budget (None: the whole picture or none of it)."""
-
-    method: str
-    budget: int | None = None
-    options: dict = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        extra = ", ".join(f"{key}={value}" for key, value in self.options.items())
-        return self.method + (f" ({extra})" if extra else "")
-
-    def build(self) -> Method:
-        if self.method in _CONTROLS:
-            return _CONTROLS[self.method](budget=self.budget, **self.options)
-        return sparsevlm.build(self.method, budget=self.budget, **self.options)
+def build(setting: Setting) -> Method:
+    """Build the method or control of a setting."""
+    if setting.method in _CONTROLS:
+        return _CONTROLS[setting.method](budget=setting.budget, **setting.options)
+    return sparsevlm.build(setting.method, budget=setting.budget, **setting.options)
 
 
 def settings(names: Sequence[str] | None, budgets: Sequence[int]) -> list[Setting]:
@@ -99,7 +88,7 @@ def answer(model, processor, setting: Setting, batch: Batch) -> list[dict]:
     if setting.budget is None:
         output, records = model.generate(**inputs, **options), None
     else:
-        method = setting.build()
+        method = build(setting)
         if isinstance(method, Oracle):
             method = replace(method, targets=[row["target_patches"] for row in batch.rows])
         with method(model) as trace:
@@ -191,8 +180,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    from eval.separation_report import write
-
     for path in write(options.out):
         print(path)
     return 0

@@ -9,16 +9,30 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
-from eval.separation import Setting
-from eval.stats import bootstrap_ci, paired_difference
+from eval.runs.stats import bootstrap_ci, paired_difference
 from eval.tasks.minivqa.utils import LANGUAGE_CONTROL
 from sparsevlm.markdown import markdown_table
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the report: a method or control, its options, its budget (None: the whole picture or none of it)."""
+
+    method: str
+    budget: int | None = None
+    options: dict = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        extra = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return self.method + (f" ({extra})" if extra else "")
+
 
 MATCHED = Setting("random_layer", options={"match": "sparsevlm"})
 #: (this, minus that, what the difference says), at equal budgets.

@@ -13,8 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from eval.separation import Setting
-from eval.separation_report import Outcome, cell, control_text, difference, rater_words, read
+from eval.separation_report import Outcome, Setting, cell, control_text, difference, rater_words, read
 from sparsevlm.markdown import markdown_table
 
 PAPER, ALL = Setting("sparsevlm"), Setting("sparsevlm", options={"raters": "all"})

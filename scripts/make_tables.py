@@ -22,9 +22,9 @@ if not __package__:  # started as a file: import from the repository's root, not
 
 import pandas as pd
 
-from eval.reader import HALF_PRECISION, LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
-from scripts.ablations import ablation_tables, interval
-from scripts.cost_tables import (
+from eval.runs.reader import HALF_PRECISION, LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
+from scripts.tables.ablations import ablation_tables, interval
+from scripts.tables.costs import (
     efficiency_paper,
     efficiency_table,
     half_precision_table,
@@ -32,11 +32,11 @@ from scripts.cost_tables import (
     number,
     timing,
 )
-from scripts.paper_tables import EDITIONS, paper_table
-from scripts.rank_ablation import rank_ablation
-from scripts.separation import separation_table
-from scripts.summary import MATCHED, Summary, embedded, kept_apart, shown, summarise
-from scripts.tables import NOT_JUDGED, NOT_RUN, NOTHING, Table, from_frame, write
+from scripts.tables.formats import NOT_JUDGED, NOT_RUN, NOTHING, Table, from_frame, write
+from scripts.tables.paper import EDITIONS, paper_table
+from scripts.tables.rank_ablation import rank_ablation
+from scripts.tables.separation import separation_table
+from scripts.tables.summary import MATCHED, Summary, embedded, kept_apart, shown, summarise
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from eval.errors import UserError
 from eval.measure.once import Measured, command_of, measure_once, print_result, said
-from eval.reader import FLOPS
+from eval.runs.reader import FLOPS
 from sparsevlm.cost.flops import PARTS, prefill_gmacs
 from sparsevlm.cost.flops import run as count
 

@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eval.measure.once import Measured, command_of, measure_once, print_result, said
-from eval.reader import HALF_PRECISION
+from eval.runs.reader import HALF_PRECISION
 from eval.tasks.minivqa.dataset import rows as questions
 from sparsevlm.methods.base import Method
 

@@ -20,11 +20,12 @@ import sparsevlm  # isort: skip  - before transformers: it makes torchvision imp
 import torch
 from tqdm import tqdm
 
-from eval import environment
-from eval.errors import UserError, one_line
+from eval.errors import UserError, one_line, report
 from eval.measure.once import Measured, command_of, measure_once, print_result, said
-from eval.reader import LATENCY, ROWS_ONLY, Run, read_runs, setting_key
-from eval.settings import fingerprint
+from eval.runs import environment
+from eval.runs.reader import LATENCY, ROWS_ONLY, Run, read_runs, setting_key
+from eval.runs.settings import RunSettings, fingerprint
+from eval.runs.writer import RunFolder
 from sparsevlm.cost.latency import UNPRUNED, measure
 from sparsevlm.models.checkpoint import find_checkpoint
 from sparsevlm.settings import Setting, parse_setting
@@ -130,6 +131,33 @@ def time_settings(
     return said(
         *measure_once(results, LATENCY, f"{LATENCY}__{model}", config, command, measured, environment.hardware())
     )
+
+
+def time_runs(runs: Sequence[RunSettings], repeats: int, warmup: int, command: str) -> int:
+    """Measure the latency of the settings of all runs, at their median prompt length.
+
+    Args:
+        runs: finished, of one model.
+        repeats, warmup: timed rounds, and those before them.
+        command: how the runs were started, for env.json.
+
+    Returns:
+        The exit status; 0 also if it had been measured on this machine before.
+    """
+    first = runs[0].model
+    lengths = [RunFolder(run.results_dir, run.run_id()).metrics()["cost"]["text_tokens"] for run in runs]
+    settings = [(r.method.name, None if r.budget == "explicit" else r.budget, dict(r.changed)) for r in runs]
+    try:
+        found = time_settings(
+            runs[0].results_dir, first.name, first.pretrained, settings, statistics.median_low(lengths), command,
+            repeats=repeats, warmup=warmup, device=first.device, dtype=first.dtype,
+        )  # fmt: skip
+    except (ValueError, OSError) as error:
+        return report(UserError(f"latency: {error}"))
+    except UserError as error:
+        return report(error, "latency: ")
+    print(found)
+    return 0
 
 
 def take_rounds(rows: Sequence[dict], rounds: int) -> list[dict]:

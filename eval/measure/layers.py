@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.measure.once import Measured, command_of, measure_once, print_result, said
-from eval.reader import LAYERS, label
-from eval.settings import fingerprint
+from eval.runs.reader import LAYERS, label
+from eval.runs.settings import fingerprint
 from eval.tasks.minivqa.dataset import rows as questions
 from sparsevlm.methods.sparsevlm_rank import SparseVLMRank
 from sparsevlm.models.checkpoint import find_checkpoint

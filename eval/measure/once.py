@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eval.errors import UserError, one_line
-from eval.reader import BadRun
-from eval.results import RunFolder, run_files
+from eval.runs.reader import BadRun
+from eval.runs.writer import RunFolder, run_files
 
 
 @dataclass(frozen=True)

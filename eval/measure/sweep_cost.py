@@ -20,8 +20,8 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from eval import environment
 from eval.measure.once import command_of
+from eval.runs import environment
 from sparsevlm.markdown import markdown_table
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -8,9 +8,9 @@ import torch
 
 import sparsevlm
 from eval import separation
-from eval.controls import Oracle, Saliency
 from eval.separation import Setting, answer, batches, settings
 from eval.separation_report import Outcome, read, write
+from eval.tasks.controls import Oracle, Saliency
 
 QUESTIONS = 9
 

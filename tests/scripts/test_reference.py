@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from eval.reader import read_runs
+from eval.runs.reader import read_runs
 from scripts import update_readme
 from scripts.make_tables import build_tables
-from scripts.tables import csv, latex, markdown
+from scripts.tables.formats import csv, latex, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "results" / "reference"
