@@ -34,6 +34,7 @@ class CacheState:
         open_ended: whether the last call ended with an image, so that the next one may bring the rest of the prompt.
         pruned_by: the method that shortened this cache; None if nothing was dropped from it yet.
         broken: whether a call failed while it was shortened.
+        deltas: [B, 1] where text goes on in positions of several axes, as the model knew it; None = it has one axis.
         admitted: whether the call being made knows of all this.
         dropped_at_input: by how much layer 0's cache is shorter than the input (methods that act before the language
             model); 0 if only the shorter samples of a batch lost tokens, None if none did.
@@ -54,6 +55,7 @@ class CacheState:
     open_ended: bool = False
     pruned_by: str | None = None
     broken: bool = False
+    deltas: Tensor | None = None
     admitted: bool = False
 
     def at(self, layer: int) -> Segment:

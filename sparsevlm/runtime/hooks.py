@@ -15,17 +15,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparsevlm.core.packing import take
-from sparsevlm.runtime import generation, inputs, ownership
+from sparsevlm.runtime import axes, generation, inputs, ownership
 from sparsevlm.runtime.cache_guard import admit, lock, unlock
 from sparsevlm.runtime.cache_state import CacheState, cached_length, seen_tokens, state_of
 from sparsevlm.runtime.continuing import Continuing, keep_first_mask
 from sparsevlm.runtime.families import locate, unwrapped
+from sparsevlm.runtime.injections import Injections
 from sparsevlm.runtime.parts import part
+from sparsevlm.runtime.places import restored
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.projections import Projections
 from sparsevlm.runtime.prompt import Prompt, read_prompt
-from sparsevlm.runtime.rows import column
 from sparsevlm.runtime.trace import Trace
 
 _PASSED_BY = (
@@ -77,7 +77,7 @@ class Hooks:
         self.prompt_length: int | None = None
         self.own_positions = True  # position_ids of the call are the caller's own, not generate()'s
         self.own_generate = vars(model).get("generate")  # set on this object by the user
-        self.projections, self.later = Projections(self), Continuing(self)
+        self.projections, self.later, self.injections = Projections(self), Continuing(self), Injections(self.family)
         self.cache_state: CacheState | None = None  # of a pruned cache that the call goes on with
         self._forget()
 
@@ -86,6 +86,8 @@ class Hooks:
         family = self.family
         keep = self.handles.append
         keep(family.outer.register_forward_pre_hook(self._on_call, with_kwargs=True))
+        if family.injections:
+            keep(family.decoder.register_forward_pre_hook(self.injections.take, with_kwargs=True))
         keep(family.decoder.register_forward_hook(self._on_output))
         keep(family.outer.register_forward_hook(self._after_call))  # last, also on the same module
         for i, layer in enumerate(family.decoder.layers):
@@ -132,8 +134,10 @@ class Hooks:
             self.visual = inputs.visual_tokens(self.family, ids)
         else:
             inputs.refuse_unmarked(embeds, cache)
-        if self.visual is not None and not self.generating and not torch.compiler.is_compiling():
-            generation.refuse_from_above(self.family.outer)
+        if self.visual is not None and not self.generating:
+            axes.check_pictures(self.family, kwargs.get("input_ids"), kwargs)
+            if not torch.compiler.is_compiling():
+                generation.refuse_from_above(self.family.outer)
 
     def _after_call(self, module: nn.Module, args: tuple, out) -> None:
         self._forget()
@@ -155,12 +159,15 @@ class Hooks:
         self.mask = self.positions = None  # attention_mask and position_ids, as the caller gave them
         self.prefill: Prefill | None = None
         self.later.step = None
+        self.injections.forget()
 
     def check_prompt(self, ids: Tensor | None, kwargs: dict) -> None:
         """Refuse what generate() could not prune, and announce the pictures of its prompt."""
         tokens = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if self.given is not None and isinstance(tokens, Tensor) and not seen_tokens(kwargs.get("past_key_values")):
             self.given.check_prompt(tokens)
+        if inputs.has_pixels(kwargs) or (self.given is not None and not seen_tokens(kwargs.get("past_key_values"))):
+            axes.check_pictures(self.family, ids, kwargs)
         ids = self._ids(ids, kwargs)
         if ids is not None:
             self._announce(inputs.new_tokens(ids, kwargs), kwargs)
@@ -196,15 +203,17 @@ class Hooks:
         cache = kwargs.get("past_key_values")
         if i == 0:
             self._begin(hidden, kwargs, cache)
+        new = self.injections.add(i, hidden, None if self.prefill is None else self.prefill.source)
         if self.prefill is not None:
-            new = self.prefill.enter(i, hidden)
+            new = self.prefill.enter(i, new)
             masks = self.prefill.segment_masks
         else:
-            new, masks = hidden, self.later.masks(i, hidden, kwargs, cache)
-        if masks is None:
+            masks = self.later.masks(i, new, kwargs, cache)
+        if masks is None and new is hidden:
             return None
-        with part("masks"):
-            kwargs = {**kwargs, **masks.kwargs(i, new)}
+        if masks is not None:
+            with part("masks"):
+                kwargs = {**kwargs, **masks.kwargs(i, new)}
         if args:
             return (new, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": new}
@@ -216,6 +225,8 @@ class Hooks:
         if cache is not None and length > 1 and cached_length(cache, 0) == 0:
             unlock(cache)  # a fresh or reset cache
         if visual is None:
+            state, own = getattr(cache, "sparsevlm", None), self.positions is None
+            axes.check_step(self.family, kwargs["position_embeddings"], length, state, own)
             self._refuse_parts(cache, length, None)
             return
         if self.given is not None and cache is not None:
@@ -240,6 +251,7 @@ class Hooks:
         self._check_call(prompt, key_mask, held, cache)
         if cache is not None:
             state_of(cache).tell(past + length, key_mask, length, prompt.padded)
+            state_of(cache).deltas = getattr(self.family.outer, "rope_deltas", None)
         if prompt.padded:
             key_mask = key_mask.to(hidden.device)
             if cache is not None:
@@ -253,15 +265,15 @@ class Hooks:
         stages = self.method.stages(prompt.counts, self.family.n_layers, self.attached)
         if not stages:
             return
-        kept = any(self.method.positions_after(layer) == "original" for layer in stages)
-        inputs.check_backend(self.family, kept)
+        numbering = {self.family.positions_after(self.method, layer) for layer in stages}
+        inputs.check_backend(self.family, "original" in numbering)
         if self.prompt_length is None:  # generate() takes 2D masks only
             inputs.check_mask(self.mask, self.family, key_mask, held, prompt.length)
         if self.own_positions:
             flash = "flash" in self.family.decoder.config._attn_implementation and len(prompt.real) == 1
             packed = self.mask is None and (cache is None or flash)
-            renumber = any(self.method.positions_after(layer) == "renumber" for layer in stages)
-            inputs.check_positions(self.positions, prompt.real, packed, renumber)
+            positions = axes.counted(self.family, self.positions)
+            inputs.check_positions(positions, prompt.real, packed, "renumber" in numbering)
 
     def _refuse_parts(self, cache, length: int, prompt: Prompt | None) -> None:
         """Refuse a prompt that comes in parts, where it would be pruned otherwise than as a whole.
@@ -281,28 +293,12 @@ class Hooks:
         state.open_ended = False
 
     def _on_output(self, module: nn.Module, args: tuple, out):
-        """Give the caller a sequence of the length it passed in (zeros where tokens were dropped).
-
-        Of a prompt that ends with an image whose last token was dropped, the last survivor stands in the last place,
-        too: that is where the next token is read.
-        """
+        """Give the caller a sequence of the length it passed in."""
         prefill, self.prefill, self.later.step = self.prefill, None, None
         if prefill is None or prefill.source is None:  # no row has moved
             return None
         if prefill.cache is not None:
             lock(prefill.cache, self.described)
-        hidden, real = out.last_hidden_state, None
-        if prefill.key_mask is not None:
-            real = prefill.key_mask[:, -prefill.length :]
-            hidden = hidden * real[..., None]
         with part("gathering"):
-            full = hidden.new_zeros(hidden.shape[0], prefill.prompt.length, hidden.shape[2])
-            source = prefill.source.to(hidden.device)
-            out.last_hidden_state = full.scatter_add_(1, source[..., None].expand_as(hidden), hidden)
-            if not prefill.prompt.text.any(1).all():
-                end = column(prefill.prompt.last, hidden.device)
-                before = source <= end if real is None else (source <= end) & real.to(end.device)
-                row = torch.where(before, torch.arange(source.shape[1], device=end.device), 0).amax(1, keepdim=True)
-                place = end[..., None].expand(-1, -1, hidden.shape[2])
-                full.scatter_(1, place, take(hidden, row))
+            out.last_hidden_state = restored(prefill, out.last_hidden_state)
         return out

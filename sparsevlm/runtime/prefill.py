@@ -222,12 +222,13 @@ class Prefill(HasRows):
         details = partial(records.stage_details, scores, order, keep, stage.n_visual, whole, *now)
         tokens_in = [n + w for n, w in zip(stage.n_visual, whole, strict=True)]
         tokens_out = [k + m + w for k, m, w in zip(keep, merged, whole, strict=True)]
-        self.record.stages.append(StageRecord(stage.layer, tokens_in, tokens_out, list(merged), details))
+        positions = self.family.positions_after(self.method, stage.layer)
+        self.record.stages.append(StageRecord(stage.layer, tokens_in, tokens_out, list(merged), details, positions))
         self.method.annotate(self.record.stages[-1], self)
 
     def _apply(self, d: Decision, hidden: Tensor) -> Tensor:
         """Drop, merge and reorder: from the rows of one segment to those of the next."""
-        original = self.method.positions_after(d.layer) == "original"
+        original = self.family.positions_after(self.method, d.layer) == "original"
         hidden = self.method.before_drop(self, d.layer, hidden)
         if isinstance(self.rows, Block):
             if not d.uniform:
@@ -292,7 +293,7 @@ class Prefill(HasRows):
             state = state_of(self.cache)
             state.dropped_at_input = (state.dropped_at_input or 0) + self.prompt.length - self.length
             report_seen_tokens(self.cache)
-        if self.method.positions_after(layer - 1) == "renumber":
+        if self.family.positions_after(self.method, layer - 1) == "renumber":
             shift = renumber(self, padding, shift, hidden)
             self.renumbered, self.places = True, None
         elif self.renumbered and segment is not None:  # at an earlier stage of this call: the positions stay as there

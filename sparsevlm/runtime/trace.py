@@ -21,6 +21,8 @@ class StageRecord:
         tokens_in: visual tokens that entered.
         tokens_out: visual tokens that were left, recycled ones included.
         recycled: merged tokens made here.
+        positions: position ids of what was left: its own ("original") or counted anew ("renumber"). A model whose
+            positions have several axes keeps them, whatever the method's option says.
     """
 
     layer: int
@@ -28,6 +30,7 @@ class StageRecord:
     tokens_out: list[int]
     recycled: list[int]
     _details: Callable[[], tuple[list, list, list]] | None = field(repr=False)
+    positions: str = "original"
 
     @cached_property
     def _worked_out(self) -> tuple[list, list, list]:
