@@ -189,7 +189,11 @@ def _method(config: Mapping, budget, n_visual: int, text_config) -> tuple[Method
     """
     options = {k: v for k, v in config.items() if k != "name" and v is not None}
     name = config["name"]
-    budget = check_budget(budget, n_visual)
+    budget = check_budget(budget)
+    if isinstance(budget, int) and budget > n_visual:
+        raise ValueError(
+            f"budget {budget} is above the {n_visual} visual tokens of this input. Use at most {n_visual}, or 'full'"
+        )
     if name == "none":
         return sparsevlm.build(name, budget="full", **options), "full"
     method = sparsevlm.build(name, budget=budget, **options)

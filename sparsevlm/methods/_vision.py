@@ -1,8 +1,9 @@
 """Base of the methods that act before the language model: in the vision tower, or on what it hands to the projector.
 
 Budget: all pictures of a prompt share it evenly (images, or the frames of a video; where it does not divide, earlier
-pictures get one more). In the language model the method appears as a stage at layer -1. Positions are renumbered, as in
-a shorter prompt; a picture's tokens come in the order in which the method's authors hand them on.
+pictures get one more); a budget below 1 is a share of each picture. In the language model the method appears as a stage
+at layer -1. Positions are renumbered, as in a shorter prompt; a picture's tokens come in the order in which the
+method's authors hand them on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import torch
@@ -44,10 +46,15 @@ class VisionMethod(Method):
     def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
         """Split the budget of a prompt over its pictures, which have `sizes` visual tokens; returns tokens per picture.
 
+        A number is shared evenly; of a budget that is a share each picture gets its own share, to a token.
+
         Raises:
-            ValueError: a budget above their sum, or one that the method cannot express.
+            ValueError: a budget that the method cannot express.
         """
-        return share(check_budget(self.budget, sum(sizes)), sizes)
+        if isinstance(self.budget, int):
+            return share(check_budget(self.budget, sum(sizes)), sizes)
+        ends = [check_budget(self.budget, end) for end in accumulate(sizes)]
+        return [end - start for start, end in pairwise([0, *ends])]
 
     def tower_hooks(self, vision: Vision, tower: Tower) -> list[RemovableHandle]:
         """Register further hooks on a tower and return their handles."""
@@ -102,7 +109,6 @@ class VisionMethod(Method):
         """Return the schedule for a prompt whose pictures have `size` visual tokens each."""
         if not self.active:
             return super().plan(n_visual, n_layers)
-        check_budget(self.budget, n_visual)
         keep = sum(self.spend([size] * max(1, round(n_visual / size)), n_layers))
         return explicit_schedule(n_visual, n_layers, (-1,), (keep,))
 

@@ -138,7 +138,8 @@ class AIM(VisionMethod):
         if not self.active or check_budget(self.budget, n_visual) == n_visual:
             return Schedule(n_visual, n_layers, (), (), (), ())
         if self.merge_to is None:
-            return self._schedule(self._merged(self.budget, n_visual, n_layers), n_visual, n_layers)
+            budget = check_budget(self.budget, n_visual)
+            return self._schedule(self._merged(budget, n_visual, n_layers), n_visual, n_layers)
         return self._schedule(sum(self.spend([size] * max(1, round(n_visual / size)), n_layers)), n_visual, n_layers)
 
     # ---- merging ---------------------------------------------------------------------------------------------------

@@ -31,12 +31,12 @@ class Method:
     be used in several models, copied, compared and pickled at any time.
 
     Attributes:
-        budget: mean visual tokens per layer as they leave the layers (see `sparsevlm.budget`), "full", or None when
-            the method's own options say how many tokens stay.
+        budget: mean visual tokens per layer as they leave the layers (see `sparsevlm.budget`), a share of them between
+            0 and 1, "full", or None when the method's own options say how many tokens stay.
     """
 
     _: KW_ONLY
-    budget: int | str | None = None
+    budget: int | float | str | None = None
 
     name: ClassVar[str] = ""
     # read by the runtime; a method may make options of them
@@ -72,8 +72,8 @@ class Method:
         the block.
 
         Args:
-            model: LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration, or a Llama, Mistral, Qwen2 or
-                Qwen3 text model; also inside a `peft.PeftModel`.
+            model: a vision-language model of a family in `sparsevlm.runtime.families.RECORDS`, or a Llama, Mistral,
+                Qwen2 or Qwen3 text model; also inside a `peft.PeftModel`.
             visual_mask: [B, L] bool, where the visual tokens of the one prompt of this block are, for callers that pass
                 `inputs_embeds` with features in them. Otherwise they are found from `input_ids`, or from embeddings
                 that come with pixel values.

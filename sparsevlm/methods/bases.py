@@ -66,10 +66,10 @@ class PlannedMethod(Method):
         raise NotImplementedError
 
     def plan_budget(self, budget: int, n_visual: int, n_layers: int) -> Schedule:
-        """Return the schedule of a budget.
+        """Return the schedule of a budget in tokens, 1 ... `n_visual`.
 
         Raises:
-            ValueError: the budget is above `n_visual`, or below what the layers can reach.
+            ValueError: it is below what the layers can reach.
         """
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class PlannedMethod(Method):
             return self.plan_counts(n_visual, n_layers)
         if self.budget in (None, "full"):
             return super().plan(n_visual, n_layers)
-        return self.plan_budget(self.budget, n_visual, n_layers)
+        return self.plan_budget(check_budget(self.budget, n_visual), n_visual, n_layers)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PruneAtInput(PlannedMethod):
         return (-1,)
 
     def plan_budget(self, budget: int, n_visual: int, n_layers: int) -> Schedule:
-        return explicit_schedule(n_visual, n_layers, self.where(n_layers), (check_budget(budget, n_visual),))
+        return explicit_schedule(n_visual, n_layers, self.where(n_layers), (budget,))
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class PruneByLists(PruneInStages):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("keep", int_tuple(self.keep, "keep"))
-        if isinstance(self.budget, int) and not self.lists:
+        if self.budget not in (None, "full") and not self.lists:
             raise ValueError(f"{self.name} has no published lists that give a budget its shape. Use keep instead")
         if self.keep is not None and self.layers is not None and len(self.keep) != len(self.layers):
             raise ValueError(
@@ -231,7 +231,6 @@ class PruneByRatios(PruneInStages):
         return _shares(n_visual, n_layers, self.where(n_layers), self.ratios)
 
     def plan_budget(self, budget: int, n_visual: int, n_layers: int) -> Schedule:
-        check_budget(budget, n_visual)
         layers = self.layers
         if layers is None:
             layers = _with_room(self.published, budget, n_visual, n_layers, self.match)
@@ -250,9 +249,8 @@ def _once(budget: int, n_visual: int, n_layers: int, k: int | None, match: str) 
     """Return the schedule that prunes once, on the output of layer k - 1, so that the mean `match` is the budget.
 
     Raises:
-        ValueError: budget outside 1 ... n_visual, or out of reach of k.
+        ValueError: the budget is out of reach of k.
     """
-    check_budget(budget, n_visual)
     counted = 1 if match == "leaving" else 0  # layer k - 1 counts with the kept tokens
     if k is None:
         untouched = start_earlier(scale_layers(n_layers, (_FIRST_LAYER,))[0] + 1 - counted, budget, n_visual, n_layers)

@@ -93,6 +93,8 @@ class Prefill(HasRows):
         self.pending: Decision | None = None
         self.renumbered = False
         self.record = PrefillRecord(list(prompt.n_visual), list(self.tokens), family.n_layers)
+        asked = method.budget if isinstance(method.budget, int) else 0
+        self.record.clamped = [0 < n < asked for n in prompt.n_visual]
         with part("raters"):
             method.begin(self, hidden)
 

@@ -41,6 +41,12 @@ class Prompt:
         return self.visual.sum(1).tolist()
 
     @property
+    def runs(self) -> list[list[int]]:
+        """Per sample the lengths of its runs of tokens that may be dropped, text (or the prompt's ends) around them."""
+        edges = np.diff(np.pad(self.visual, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        return [(np.flatnonzero(row == -1) - np.flatnonzero(row == 1)).tolist() for row in edges]
+
+    @property
     def open_ended(self) -> bool:
         """Whether a sample ends with its last image: the call may bring the prompt's beginning only."""
         return not self.text[np.array(self.n_visual) > 0].any(1).all()

@@ -65,6 +65,7 @@ class PrefillRecord:
         n_tokens: tokens of each sample, text included, padding excluded.
         n_layers: layers of the language model.
         stages: pruning points in order.
+        clamped: samples that have fewer visual tokens than the budget asks for: it counts as what they have.
     """
 
     n_visual: list[int]
@@ -72,6 +73,7 @@ class PrefillRecord:
     n_layers: int
     stages: list[StageRecord] = field(default_factory=list)
     _raters: Callable[[], list[Tensor]] | None = field(default=list, repr=False)
+    clamped: list[bool] = field(default_factory=list)
 
     @cached_property
     def raters(self) -> list[Tensor]:

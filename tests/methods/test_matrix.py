@@ -40,7 +40,7 @@ METHODS = {
     "aim, kept": Row({"budget": 7, "start": "kept"}, refuses=NO_TOWER),
     "cdpruner": Row(refuses=dict.fromkeys(NAMES, "text tower of the CLIP model") | NO_TOWER),
     "dart": Row(),
-    "divprune": Row(refuses=NO_TOWER),
+    "divprune": Row(),
     "downsample": Row({"side": 2}, refuses=NO_TOWER),
     "fastervlm": Row(refuses=NO_TOWER),
     "fastv": Row(),

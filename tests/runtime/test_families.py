@@ -54,6 +54,7 @@ METHODS = {
     "pyramiddrop": {"budget": 7},
     "dart": {"budget": 5},
     "random_layer": {"budget": 6},
+    "divprune": {"budget": 5},
 }
 
 
