@@ -4,10 +4,10 @@
     python -m eval.fetch experiment=paper_image
     python -m eval.fetch model=llava_1_5_7b task=gqa,pope
 
-Takes the arguments of `python -m eval.run`; methods and budgets need nothing of their own, except for cdpruner's text
-tower, which its first run fetches. Sizes are the hub's own, "unknown" where it cannot be asked; that of a data set is
-of its whole repository, of which a task may take a part. Exit status: 0 everything is there (or --dry-run); 2 something
-is not, each said on one line.
+Takes the arguments of `python -m eval.run`; methods and budgets need nothing of their own, except for the text tower of
+cdpruner and anchorprune, which their first run fetches. Sizes are the hub's own, "unknown" where it cannot be asked;
+that of a data set is of its whole repository, of which a task may take a part. Exit status: 0 everything is there (or
+--dry-run); 2 something is not, each said on one line.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from sparsevlm.models.checkpoint import find_checkpoint
 
 BUDGETS = (192, 128, 64, 32, 16)
 _CONTROLS = {"oracle": Oracle, "saliency": Saliency}
-_LEFT_OUT = ("none", "cdpruner")  # the first is run once, the second needs a CLIP text tower
+_LEFT_OUT = ("none", "anchorprune", "cdpruner")  # the first is run once, the others need a CLIP text tower
 
 
 def build(setting: Setting) -> Method:

@@ -38,7 +38,7 @@ from sparsevlm.methods import method_class
 from sparsevlm.settings import Setting
 
 BUDGETS = {"llava-1.5-7b": (192, 128, 64), "llava-1.5-13b": (192, 128, 64), "video-llava-7b": (194, 135)}
-UNCOUNTED = {"cdpruner": "needs CLIP's text tower, which is no part of the model"}
+UNCOUNTED = dict.fromkeys(("anchorprune", "cdpruner"), "needs CLIP's text tower, which is no part of the model")
 # The rank forms at the ranks at which they meet their nominal budgets: settings of the README of the authors' v1.0,
 # and their video branch's at the budgets of the paper's v4 (194) and v1 (135).
 RANKS = {

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from sparsevlm.budget import Schedule, check_budget, explicit_schedule
@@ -144,6 +145,20 @@ class VisionMethod(Method):
             return
         record.recycled = [sum(e.extra(p) for e, p in sample) for sample in samples]
         record._details = partial(_details, default, samples)
+
+
+def patches(pictures: Pictures) -> Tensor:
+    """Return the features [n, P, d] of the patches, without a CLS token that the model takes, too."""
+    return pictures.features[:, int(pictures.tower.cls) :]
+
+
+def selected(pictures: Pictures, chosen: Tensor, scores: Tensor | None = None) -> Reduced:
+    """Hand on the patches `chosen` [n, T], in their order, as they are; `scores` [n, P] are for the trace."""
+    cls = int(pictures.tower.cls)
+    origin = chosen.sort(1).values + cls
+    if scores is not None and cls:
+        scores = F.pad(scores, (1, 0), value=float("-inf"))
+    return Reduced(take(pictures.features, origin), origin, scores)
 
 
 def _made(vision: Vision, batch: int, b: int, n_visual: int) -> int | None:

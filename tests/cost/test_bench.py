@@ -205,7 +205,7 @@ def test_all_methods_are_those_that_the_model_can_run(capsys):
     args = bench._parser().parse_args([*QUICK.split(), "--methods", "all", "--out", "x"])
     names = {name for work in bench.plan(args) for name, _, _ in work.settings}
     assert {"sparsevlm", "sparsevlm_rank", "fastv", "random", "pyramiddrop"} <= names
-    assert not names & {"none", "tome", "visionzip", "cdpruner"}
+    assert not names & {"none", "tome", "visionzip", "anchorprune", "cdpruner"}
     assert "left out for llama-64x4: tome" in capsys.readouterr().err
     args = bench._parser().parse_args(["--shape", "llava-1.5-7b", "video-llava-7b", "--methods", "all", "--out", "x"])
     for work in bench.plan(args):

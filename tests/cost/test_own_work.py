@@ -135,6 +135,11 @@ OWN = [
     ("fastervlm", 12, {}, CLS_ROW),
     ("vispruner", 12, {}, CLS_ROW + N * N * V),
     ("divprune", 12, {}, N * N * D),
+    ("scope", 12, {}, CLS_ROW + N * N * V),
+    ("holov", 12, {}, CLS_ROW),
+    ("mmtok", 12, {}, TEXT * N * D + N * N * V),  # as if every text token were a word
+    # attention of two blocks; all patches join 22 by their projections; 22 tokens are rated in layer 3
+    ("vscan", 12, {}, 2 * CLS_ROW + 2 * N * 22 * D + next_layer_stage(TEXT + 22)),
 ]  # fmt: skip
 IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(OWN)]
 
@@ -145,7 +150,7 @@ def test_own_work_recounted_by_hand(model, method, budget, options, own):
 
 
 def test_every_method_is_recounted():
-    assert {name for name, *_ in OWN} == {*sparsevlm.methods()} - {"cdpruner"}
+    assert {name for name, *_ in OWN} == {*sparsevlm.methods()} - {"anchorprune", "cdpruner"}
 
 
 def layer_macs(n: int) -> int:

@@ -44,7 +44,10 @@ def folder(tmp_path_factory):
 
 def test_every_method_and_control_is_there_at_every_budget():
     found = settings(None, (64, 16))
-    assert {s.method for s in found} == {*sparsevlm.methods(), "oracle", "saliency", "blind"} - {"cdpruner"}
+    assert {s.method for s in found} == {*sparsevlm.methods(), "oracle", "saliency", "blind"} - {
+        "anchorprune",
+        "cdpruner",
+    }
     assert len({(s.label, s.budget) for s in found}) == len(found)
     assert all((s.budget is None) == (s.method in ("none", "blind")) for s in found)
     with pytest.raises(ValueError, match="unknown method 'abacus'"):

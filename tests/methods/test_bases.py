@@ -17,6 +17,7 @@ from tests.tiny import inputs, llava
 # in this order, beside `budget`; recorded before there were bases
 OPTIONS = {
     "aim": "merge_to=None, first=None, last=None, prune=True, steps=5, temperature=0.1, start='all'",
+    "anchorprune": "clip=None, tokenizer=None, question=None, k_min=None, tau=0.2, patience=3, k_max=0.5",
     "cdpruner": "clip=None, tokenizer=None, question=None",
     "dart": "k=None, keep=None, match='leaving', early_drop=True, visual_pivots=4, text_pivots=4",
     "divprune": "",
@@ -27,10 +28,13 @@ OPTIONS = {
     "ficoco_v": "variant='paper', start=None, lam=0.35, eps=0.998, window=2, scaling=2.0, merge=True",
     "folder": "alpha=None",
     "folder_simple": "",
+    "holov": "crops=16",
+    "mmtok": "alpha=0.5, text_temperature=0.02, vision_temperature=0.2, words='keywords', sizes=None",
     "none": "",
     "pyramiddrop": "layers=None, ratios=None, match='leaving', positions='renumber'",
     "random": "seed=0",
     "random_layer": "k=None, keep=None, match='leaving', early_drop=True, layers=None, seed=0",
+    "scope": "alpha=1.0, combine='multiply'",
     "sparsevlm": (
         "layers=None, keep=None, raters='paper', recycle=0.3, cluster=0.1, merge='mean', "
         "positions='renumber', recycled_at='end', always_drop=False, early_drop=True"
@@ -48,6 +52,7 @@ OPTIONS = {
     "tome": "proportional=True",
     "visionzip": "dominant=None, contextual=None",
     "vispruner": "ratio=0.5, step=8",
+    "vscan": "keep=None, layer=None, match='leaving'",
 }
 
 

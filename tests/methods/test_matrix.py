@@ -38,6 +38,7 @@ NO_TOWER = {"text": "acts in the vision tower"}
 METHODS = {
     "aim": Row({"budget": 7}, refuses=NO_TOWER),
     "aim, kept": Row({"budget": 7, "start": "kept"}, refuses=NO_TOWER),
+    "anchorprune": Row(refuses=dict.fromkeys(NAMES, "text tower of the CLIP model") | NO_TOWER),
     "cdpruner": Row(refuses=dict.fromkeys(NAMES, "text tower of the CLIP model") | NO_TOWER),
     "dart": Row(),
     "divprune": Row(),
@@ -54,16 +55,20 @@ METHODS = {
     ),
     "folder": Row(refuses=NO_TOWER),
     "folder_simple": Row(refuses=NO_TOWER),
+    "holov": Row(refuses=NO_TOWER),
+    "mmtok": Row({"words": "all", "budget": 12}, {"words": "all", "budget": "full"}, NO_TOWER),
     "none": Row(options={}, full={"budget": 12}),
     "pyramiddrop": Row(),
     "random": Row(),
     "random_layer": Row(),
+    "scope": Row(refuses=NO_TOWER),
     "sparsevlm": Row(),
     "sparsevlm_plus": Row({"budget": 12, "kernel_floor": 0.1}),
     "sparsevlm_rank": Row({"layers": (1, 3, 5), "lam": 0.9}, {"layers": (1, 3, 5), "lam": 0.0}),
     "tome": Row(refuses=NO_TOWER),
     "visionzip": Row(refuses=NO_TOWER),
     "vispruner": Row(refuses=NO_TOWER),
+    "vscan": Row(refuses=NO_TOWER),
 }
 CONFIGS = Path(__file__).parents[2] / "configs" / "method"
 CASES = [(m, a) for m, a in product(METHODS, NAMES) if a not in METHODS[m].refuses]
