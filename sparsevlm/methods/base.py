@@ -152,6 +152,17 @@ class Method:
         """Return what the states [B, L, D] become before tokens are dropped from them after `layer`."""
         return hidden
 
+    def gated_layer(self, attached: Any) -> int | None:
+        """Return the first layer to whose cache generated tokens are written only if `writes` says so; None = all are.
+
+        It is a layer that follows a pruning layer (`stages`).
+        """
+        return None
+
+    def writes(self, attached: Any, states: Tensor) -> Tensor:
+        """Return which generated tokens [B, n] later ones shall see, from their states [B, n, D] at `gated_layer`."""
+        raise NotImplementedError(f"{self.name} gates generated tokens. Override writes to say which are kept")
+
     def annotate(self, record: StageRecord, prefill: Prefill) -> None:
         """Add to the trace's record of a stage what the runtime cannot know about it."""
 

@@ -39,11 +39,10 @@ class _Rows:
             return x.repeat_interleave(argument, 0) if self.name == "batch_repeat_interleave" else x[argument]
 
         state = state_of(cache)
-        state.given = follow(state.given)
+        state.given, state.pictured = follow(state.given), follow(state.pictured)
         for segment in state.segments:
-            segment.key_mask, segment.places, segment.shift = map(
-                follow, (segment.key_mask, segment.places, segment.shift)
-            )
+            for name, value in vars(segment).items():
+                setattr(segment, name, follow(value))
 
 
 _ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")

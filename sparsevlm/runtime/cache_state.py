@@ -19,11 +19,14 @@ class Segment:
             dropped; None = one after the other.
         shift: renumbering: by how much the newest token's position is lower than its original one: an int, or
             [B, 1] int64 where samples differ.
+        gate: [B, cached or fewer] bool, which of them were written for later ones to see (`runtime.gate`); None = all.
+            As long as `key_mask` of a static cache.
     """
 
     key_mask: Tensor | None = None
     shift: Tensor | int = 0
     places: Tensor | None = None
+    gate: Tensor | None = None
 
 
 @dataclass
@@ -42,6 +45,7 @@ class CacheState:
             ones stand one after the other at the end of every layer's cache.
         given: [B, told] bool, which of them the caller called real; None = all.
         padded: whether some are padding.
+        pictured: [B, 1] bool, which conversations had pictures, where generated tokens are gated (`runtime.gate`).
         block: the one whose `visual_mask` marks a prompt in this cache; 0 = none (see `inputs.GivenMask`).
     """
 
@@ -51,6 +55,7 @@ class CacheState:
     told: int = 0
     given: Tensor | None = None
     padded: bool = False
+    pictured: Tensor | None = None
     block: int = 0
     open_ended: bool = False
     pruned_by: str | None = None

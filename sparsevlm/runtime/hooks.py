@@ -51,6 +51,7 @@ class Hooks:
 
     Attributes:
         thread: the one that may call the model.
+        gated: first layer to whose cache the method decides what is written; None = everything.
         calling: whether the outermost module is being called.
         visual, mask, prefill: of that call; nothing is left of it when it ends, also by an error.
         generating: whether `generate()` runs; prompt_length, prunable: of its prompt.
@@ -65,6 +66,7 @@ class Hooks:
             raise ValueError(f"visual_mask must be [B, L] bool, not {tuple(visual_mask.shape)} {visual_mask.dtype}")
         method.check(self.family)
         self.attached = method.attach(self.family)
+        self.gated = method.gated_layer(self.attached)
         self.given = None if visual_mask is None else inputs.GivenMask(visual_mask)
         self.trace = Trace()
         self.handles: list = []
@@ -299,10 +301,12 @@ class Hooks:
     def _on_output(self, module: nn.Module, args: tuple, out):
         """Give the caller a sequence of the length it passed in."""
         prefill, self.prefill, self.later.step = self.prefill, None, None
-        if prefill is None or prefill.source is None:  # no row has moved
+        if prefill is None:
             return None
-        if prefill.cache is not None:
+        if prefill.cache is not None and (prefill.source is not None or self.gated is not None):
             lock(prefill.cache, self.described)
+        if prefill.source is None:  # no row has moved
+            return None
         with part("gathering"):
             out.last_hidden_state = restored(prefill, out.last_hidden_state)
         return out

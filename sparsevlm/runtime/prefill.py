@@ -26,6 +26,7 @@ from sparsevlm.runtime.cache_state import (
 from sparsevlm.runtime.decision import Decision
 from sparsevlm.runtime.early import can_drop_early, drop_early
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.gate import gate_prefill, pictured, visible
 from sparsevlm.runtime.masks import FixedMask, SegmentMasks
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.places import key_places, renumber, take_rope
@@ -74,6 +75,7 @@ class Prefill(HasRows):
             method.schedule(n, layers, attached) if n else Schedule(0, layers, (), (), (), ()) for n in self.n_visual
         ]
         self._check_something_stays()
+        self.gated = method.gated_layer(attached)
         self.points = sorted({layer for s in self.schedules for layer in s.layers})
         self.text_valid = None if prompt.text.all() else torch.from_numpy(prompt.text).to(device)
         self.source: Tensor | None = None
@@ -175,6 +177,8 @@ class Prefill(HasRows):
         elif self.cache is not None and state_of(self.cache).starts_own_masks(layer):  # an earlier turn was pruned here
             with part("masks"):
                 self._begin_segment(layer, hidden)
+        if layer == self.gated:
+            self._gate(layer, hidden, decision is not None)
         if layer in self.points and not self.method.scores_next:
             stage = self._stage(layer, layer, hidden)
             self.pending = self._decide(stage)
@@ -186,6 +190,20 @@ class Prefill(HasRows):
         if self.method.scores_entered and layer in self.points:
             self.entered = hidden
         return hidden
+
+    def _gate(self, layer: int, hidden: Tensor, begun: bool) -> None:
+        """Let generated tokens see of each other what was written; from here on caches have masks of their own."""
+        mask = gate_prefill(self, hidden)
+        with part("masks"):
+            if mask is not None:
+                self.key_mask = mask
+                places = key_places(self, 0, Segment())
+                self.segment_masks = SegmentMasks(self.family, mask, None, self.rope, places=places)
+            elif self.cache is not None:
+                if not begun:
+                    self._begin_segment(layer, hidden)
+                state, now = state_of(self.cache), pictured(self)
+                state.pictured = now if state.pictured is None else state.pictured.to(now.device) | now
 
     def _stage(self, layer: int, module: int, hidden: Tensor) -> Stage:
         return Stage(self, layer, module, hidden, self.rows)
@@ -290,7 +308,8 @@ class Prefill(HasRows):
         # not of `segment`: a new one begins with what this call has made of the one before
         before = self.earlier.at(layer) if cached and self.earlier is not None else Segment()
         shift = before.shift
-        self.key_mask = extended(before.key_mask, cached, real, self.batch, self.length, hidden.device)
+        held = before.key_mask if before.gate is None else visible(before.key_mask, before.gate[:, :cached])
+        self.key_mask = extended(held, cached, real, self.batch, self.length, hidden.device)
         if layer == 0 and segment is not None:
             state = state_of(self.cache)
             state.dropped_at_input = (state.dropped_at_input or 0) + self.prompt.length - self.length
@@ -304,7 +323,7 @@ class Prefill(HasRows):
         places = key_places(self, cached, before)
         if segment is not None:
             segment.key_mask, segment.shift = whole(self.key_mask, self.cache, layer), shift
-            segment.places = places
+            segment.places, segment.gate = places, None  # what was gated before is masked for good
         self.segment_masks = SegmentMasks(self.family, self.key_mask, self.cache, self.rope, places=places)
 
     def _to(self, device: torch.device) -> None:

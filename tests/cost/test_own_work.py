@@ -89,6 +89,12 @@ def dropped_rows(queries: int, length: int) -> int:
     return queries * D * D + rows(queries, length)
 
 
+def image_predictor(tokens: int, width: int = 64, inner: int = 128) -> int:
+    """Down, one block of attention among the tokens and feed-forward, and the head of three layers, on each token."""
+    block = 4 * width * width + 2 * width * inner + 2 * tokens * width
+    return tokens * (D * width + block + width * width // 2 + width * width // 8 + width // 4 * 2)
+
+
 RATERS = N * TAIL * D
 CLS_ROW = (1 + N) * V
 OWN = [
@@ -116,6 +122,7 @@ OWN = [
      RATERS + rows(TAIL, L) + HEADS * TAIL * L + 8 * D),
     ("pyramiddrop", None, {"layers": (1, 3), "ratios": (0.5, 0.25)}, next_layer_stage(L) + next_layer_stage(TEXT + 18)),
     ("dart", None, {"k": 2, "keep": 12}, L * D * KV + (4 + 4) * N * D),
+    ("dynamic_llava", None, {"predictor": "untrained", "k": 2, "keep": 12}, image_predictor(N)),
     ("ficoco_l", None, {"start": 3, "r": 20}, fold_stage(L, N) + fold_stage(TEXT + 16, 16)),
     ("aim", None, {"merge_to": 20, "first": 3, "last": 4, "start": "kept"}, aim(20, 10)),
     # the 10 dropped tokens go through the first of the two layers (its values are computed again); the second asks them

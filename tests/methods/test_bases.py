@@ -22,6 +22,7 @@ OPTIONS = {
     "dart": "k=None, keep=None, match='leaving', early_drop=True, visual_pivots=4, text_pivots=4",
     "divprune": "",
     "downsample": "side=None, of='picture'",
+    "dynamic_llava": "k=None, keep=None, match='leaving', early_drop=True, predictor=None, gate=False, seed=0",
     "fastervlm": "",
     "fastv": "k=None, keep=None, match='leaving', early_drop=True",
     "ficoco_l": "variant='paper', start=None, r=None, beta=0.6, gamma=0.6, epsilon=0.998, positions='renumber'",

@@ -43,6 +43,8 @@ METHODS = {
     "dart": Row(),
     "divprune": Row(),
     "downsample": Row({"side": 2}, refuses=NO_TOWER),
+    "dynamic_llava": Row({"predictor": "untrained", "budget": 12}),
+    "dynamic_llava, gate": Row({"predictor": "untrained", "budget": 12, "gate": True, "seed": 2}),
     "fastervlm": Row(refuses=NO_TOWER),
     "fastv": Row(),
     "ficoco_l": Row(),

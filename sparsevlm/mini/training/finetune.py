@@ -178,12 +178,11 @@ class Answering:
         model, ids = self.model, batch["ids"]
         language_model, device = model.model.language_model, ids.device
         with self._autocast(device):
-            prefix = language_model.embed_tokens(torch.tensor(PREFIX, device=device)).expand(len(ids), -1, -1)
-            inputs = torch.cat([prefix, visual, language_model.embed_tokens(ids)], 1)
+            inputs = packed_inputs(model, batch, visual)
             shared = inputs.shape[1] - ids.shape[1]
             output = language_model(
                 inputs_embeds=inputs,
-                position_ids=_positions(batch, shared),
+                position_ids=positions_of(batch, shared),
                 use_cache=False,
                 output_hidden_states=True,
                 shared=shared,
@@ -194,7 +193,14 @@ class Answering:
         return logits, middle.float()
 
 
-def _positions(batch: dict[str, torch.Tensor], shared: int) -> torch.Tensor:
+def packed_inputs(model, batch: dict[str, torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
+    """``[B, L, 192]``: the beginning of a prompt, the picture's tokens, and the questions behind it."""
+    embed, ids = model.model.language_model.embed_tokens, batch["ids"]
+    prefix = embed(torch.tensor(PREFIX, device=ids.device)).expand(len(ids), -1, -1)
+    return torch.cat([prefix, visual, embed(ids)], 1)
+
+
+def positions_of(batch: dict[str, torch.Tensor], shared: int) -> torch.Tensor:
     """``[B, L]``: a window's tokens keep the places they have in the whole picture, as do the questions behind it."""
     ids = batch["ids"]
     places = torch.arange(shared, device=ids.device).expand(len(ids), -1)
