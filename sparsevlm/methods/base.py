@@ -50,6 +50,8 @@ class Method:
     reads_text: ClassVar[bool] = True  # what stays depends on the text after the image
     scores_next: ClassVar[bool] = False  # score a stage with the norm and projections of the layer after it
     scores_entered: ClassVar[bool] = False  # also looks at the states that entered the layer (`Prefill.entered`)
+    rereads = False  # generated tokens read the prompt's keys otherwise, too: a cache goes on in such a block only
+    keeps_tokens = False  # what it removes is computation of visual tokens; reports say that all of them are kept
     adaptive: ClassVar[bool] = False  # counts depend on the picture: the host must wait for the device at each stage
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ class _Rows:
             return x.repeat_interleave(argument, 0) if self.name == "batch_repeat_interleave" else x[argument]
 
         state = state_of(cache)
-        state.given, state.pictured = follow(state.given), follow(state.pictured)
+        state.given, state.pictured, state.visual = map(follow, (state.given, state.pictured, state.visual))
         for segment in state.segments:
             for name, value in vars(segment).items():
                 setattr(segment, name, follow(value))

@@ -46,6 +46,7 @@ class CacheState:
         given: [B, told] bool, which of them the caller called real; None = all.
         padded: whether some are padding.
         pictured: [B, 1] bool, which conversations had pictures, where generated tokens are gated (`runtime.gate`).
+        visual: [B, told] bool, which keys are visual tokens, for methods that still ask once all is cached (`rereads`).
         block: the one whose `visual_mask` marks a prompt in this cache; 0 = none (see `inputs.GivenMask`).
     """
 
@@ -56,6 +57,7 @@ class CacheState:
     given: Tensor | None = None
     padded: bool = False
     pictured: Tensor | None = None
+    visual: Tensor | None = None
     block: int = 0
     open_ended: bool = False
     pruned_by: str | None = None

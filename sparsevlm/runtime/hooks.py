@@ -303,7 +303,7 @@ class Hooks:
         prefill, self.prefill, self.later.step = self.prefill, None, None
         if prefill is None:
             return None
-        if prefill.cache is not None and (prefill.source is not None or self.gated is not None):
+        if prefill.cache is not None and (prefill.source is not None or self.gated is not None or self.method.rereads):
             lock(prefill.cache, self.described)
         if prefill.source is None:  # no row has moved
             return None

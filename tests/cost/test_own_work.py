@@ -147,6 +147,7 @@ OWN = [
     ("mmtok", 12, {}, TEXT * N * D + N * N * V),  # as if every text token were a word
     # attention of two blocks; all patches join 22 by their projections; 22 tokens are rated in layer 3
     ("vscan", 12, {}, 2 * CLS_ROW + 2 * N * 22 * D + next_layer_stage(TEXT + 22)),
+    ("yopo", None, {"cut": 3, "ffn": 0.5}, 0),
 ]  # fmt: skip
 IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(OWN)]
 

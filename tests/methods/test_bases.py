@@ -54,6 +54,7 @@ OPTIONS = {
     "visionzip": "dominant=None, contextual=None",
     "vispruner": "ratio=0.5, step=8",
     "vscan": "keep=None, layer=None, match='leaving'",
+    "yopo": "window=None, causal_window=False, heads=None, ffn=1.0, cut=None, removal='real'",
 }
 
 

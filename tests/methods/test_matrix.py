@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -71,14 +72,33 @@ METHODS = {
     "visionzip": Row(refuses=NO_TOWER),
     "vispruner": Row(refuses=NO_TOWER),
     "vscan": Row(refuses=NO_TOWER),
+    "yopo": Row({"cut": 3}),
+    "yopo, without cut": Row({"heads": "heads", "ffn": 0.5}),
+    "yopo, masked": Row({"heads": "heads", "ffn": 0.5, "cut": 3, "removal": "masked"}),
+    "yopo, windows": Row({"window": 3, "heads": "heads", "cut": 6}, refuses={"video_llava": "form a square grid"}),
 }
 CONFIGS = Path(__file__).parents[2] / "configs" / "method"
 CASES = [(m, a) for m, a in product(METHODS, NAMES) if a not in METHODS[m].refuses]
 REFUSALS = [(m, a) for m in METHODS for a in METHODS[m].refuses]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _heads(tmp_path_factory):
+    """The file that stands for "heads": layers of 4 heads, one of which keeps none."""
+    kept = np.random.RandomState(1).rand(8, 4) < 0.5
+    kept[0], kept[4] = True, False
+    np.save(path := tmp_path_factory.mktemp("heads") / "heads.npy", kept)
+    FILES["heads"] = str(path)
+
+
+FILES: dict[str, str] = {}
+
+
 def build(name: str, full: bool = False):
-    return sparsevlm.build(name.split(",")[0], **(METHODS[name].full if full else METHODS[name].options))
+    options = METHODS[name].full if full else METHODS[name].options
+    return sparsevlm.build(
+        name.split(",")[0], **{k: FILES.get(v, v) if k == "heads" else v for k, v in options.items()}
+    )
 
 
 def hooks_of(model) -> int:
