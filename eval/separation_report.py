@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from eval.markdown import markdown_table
 from eval.runs.stats import bootstrap_ci, paired_difference
 from eval.tasks.minivqa.utils import LANGUAGE_CONTROL
-from sparsevlm.markdown import markdown_table
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from eval.markdown import markdown_table
 from eval.separation_report import Outcome, Setting, cell, control_text, difference, rater_words, read
-from sparsevlm.markdown import markdown_table
 
 PAPER, ALL = Setting("sparsevlm"), Setting("sparsevlm", options={"raters": "all"})
 CENTRED, PICTURE, CHANCE = Setting("sparsevlm", options={"raters": "centred"}), Setting("saliency"), Setting("random")

@@ -54,13 +54,12 @@ def make_figures(results: Path, kinds: Collection[str] = KINDS, metric: str | No
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"unknown kind of figure {kind!r}. Use one of {', '.join(KINDS)}")
-    needed = {"accuracy", "ablations", "layers"} & set(kinds)
-    runs, folder = read_runs(results) if needed else [], results / "figures"
+    runs, folder = read_runs(results) if set(kinds) - {"training"} else [], results / "figures"
     draw = {
         "accuracy": lambda: accuracy.plot_runs(runs, folder, metric),
         "ablations": lambda: ablations.plot_runs(runs, folder, metric),
         "layers": lambda: layers.plot_runs(runs, folder),
-        "latency": lambda: latency.plot(results),
+        "latency": lambda: latency.plot_runs(runs, folder),
         "training": lambda: training.plot(results),
     }
     paths: list[Path] = []

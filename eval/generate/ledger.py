@@ -6,12 +6,11 @@ is removed when the ledger is opened again. Each of a run's processes writes its
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from eval.jsonl import JsonLines, read_rows
 
 Key = tuple[str, str, str]
 
@@ -83,36 +82,20 @@ class Ledger:
         self.path = Path(path) if process == 0 else Path(f"{path}.{process}")
         self.config_hash = config_hash
         self._first = Path(path)
-        self._file = open(self.path, "ab+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise BlockingIOError(f"another process is writing {self.path}") from None
-        self._cut()
+        self._file = JsonLines(self.path)
         self._records: dict[Key, Answer | Failure] = {}
         self.read()
-
-    def _cut(self) -> None:
-        """Remove an incomplete last line."""
-        self._file.seek(0)
-        content = self._file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            self._file.truncate(whole)
 
     def read(self) -> None:
         """Read what all processes have written so far."""
         self._records = {}
         for path in ledger_files(self._first):
-            content = path.read_bytes()
-            for line in content[: content.rfind(b"\n") + 1].splitlines():
+            for row in read_rows(path):
                 try:
-                    row = json.loads(line)
                     if row.pop("config") == self.config_hash:
                         self._add(Failure(**row) if "error" in row else Answer(**row))
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    continue  # not a line of ours: a disk error or another version; its document is asked again
+                except (KeyError, TypeError):
+                    continue  # not a row of ours; its document is asked again
 
     def _add(self, record: Answer | Failure) -> None:
         """Add a record. An answer overrides a failure: failed documents are asked again in the next attempt."""
@@ -134,10 +117,7 @@ class Ledger:
 
     def append(self, records: Sequence[Answer | Failure]) -> None:
         """Write a batch; return when it is on disk."""
-        lines = [json.dumps({"config": self.config_hash, **asdict(r)}, ensure_ascii=False) + "\n" for r in records]
-        self._file.write("".join(lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.append({"config": self.config_hash, **asdict(record)} for record in records)
         for record in records:
             self._add(record)
 

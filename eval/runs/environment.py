@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 import sparsevlm
-from sparsevlm.cost.machine import cpu_model
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CODE = ("sparsevlm", "eval", "configs", "scripts")  # folders whose changes make a commit an incomplete description
@@ -45,6 +44,15 @@ def hardware() -> dict:
         "gpu": gpus or None,
         "os": f"{platform.system()} {platform.machine()}",
     }
+
+
+def cpu_model() -> str:
+    """Return the processor's name, as the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def git() -> dict | None:

@@ -1,60 +1,48 @@
-"""Prefill against its floor, and where pruning spends its time, from the benchmark's latency.json.
+"""Prefill against its floor, and where pruning spends its time, from latency runs.
 
-Reads `<results>/latency/latency.json` (made by `python -m sparsevlm.cost.bench`; nothing is drawn where there is none)
-and writes `latency__<shape>__<prompt>__b<batch>.png` and `.pdf` to `<results>/figures/`, one per group of settings
-that were timed together. Left: the unpruned and the pruned prefill, with a mark where the floor is. Right: the same
-settings' parts.
+Writes `latency__<shape>__<prompt>__b<batch>.png` and `.pdf` to `<results>/figures/`, one per run whose settings have
+parts. Left: the unpruned and the pruned prefill, with a mark where the floor is. Right: the same settings' parts.
 """
 
 from __future__ import annotations
 
-import json
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 
-import sparsevlm  # isort: skip  # noqa: F401  - before transformers: it makes torchvision importable
+from matplotlib.figure import Figure
 
+from eval.runs.reader import LATENCY, Run
 from scripts.figures import style
-from sparsevlm.cost.ledger import SCHEMA, Group
-from sparsevlm.cost.report import name_of, part_names
-
-_GROUP = tuple(Group.__dataclass_fields__)
+from scripts.tables.latency import conditions, name_of, part_names
 
 
-def plot(results: Path) -> list[Path]:
-    """Draw a figure per group; returns the files' paths, none if nothing was measured.
-
-    Raises:
-        ValueError: not a file of this schema.
-    """
-    source = results / "latency" / "latency.json"
-    if not source.exists():
-        return []
-    content = json.loads(source.read_text(encoding="utf-8"))
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{source}: its schema is {content.get('schema')!r}, this version reads {SCHEMA}")
-    groups = [list(rows) for _, rows in groupby(content["rows"], key=lambda row: [row[key] for key in _GROUP])]
-    names = [_name(rows[0]) for rows in groups]
+def plot_runs(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Draw a figure per latency run; return the files' paths, none if nothing was measured."""
+    timed = [run for run in runs if run.task == LATENCY and any(row.get("parts_ms") for row in run.metrics["rows"])]
+    names = [_name(run) for run in timed]
     paths = []
-    for rows, name in zip(groups, names, strict=True):
+    for run, name in zip(timed, names, strict=True):
         if names.count(name) > 1:
-            name += "".join(f"__{rows[0][key]}" for key in ("dtype", "attention", "threads"))
-        rows = [row for row in rows if "prefill_ms" in row]
-        if any(row.get("parts_ms") for row in rows):
-            paths += style.save(draw(rows), results / "figures", name)
+            name += f"__{run.metrics['config_hash']}"
+        paths += style.save(draw(run), folder, name)
     return paths
 
 
-def _name(row: dict) -> str:
-    return f"latency__{row['shape']}__{row['prompt'].replace('+', '-')}__b{row['batch_size']}"
+def _name(run: Run) -> str:
+    row = run.metrics["rows"][0]
+    prompt = run.config.get("prompt", f"t{row['text_tokens']}").replace("+", "-")
+    return f"latency__{run.model}__{prompt}__b{row['batch_size']}"
 
 
 @style.styled()
-def draw(rows: list[dict]):
-    """Figure of one group: prefill and floor at the left, parts at the right."""
+def draw(run: Run) -> Figure:
+    """Figure of one run: prefill and floor at the left, parts at the right."""
+    rows = [row for row in run.metrics["rows"] if "prefill_ms" in row]
     fig, (left, right) = style.figure(0.9 + 0.22 * len(rows), 2 * style.COLUMN_INCHES, 1, 2)
     places = range(len(rows), 0, -1)
-    labels = [name_of(row) + ("" if row["budget"] in (None, "full") else f", {row['budget']}") for row in rows]
+    labels = [
+        method + ("" if budget in ("explicit", "full") else f", {budget}") for method, budget in map(name_of, rows)
+    ]
     medians = [row["prefill_ms"]["median"] for row in rows]
     spread = [
         [row["prefill_ms"]["median"] - row["prefill_ms"]["q25"] for row in rows],
@@ -79,15 +67,6 @@ def draw(rows: list[dict]):
         axes.grid(axis="y", visible=False)
         axes.set_axisbelow(True)
         axes.set_xlim(left=0)
-    first = rows[0]
-    where = (
-        first["device"]
-        if first["device"] != "cpu"
-        else f"CPU, {first['threads']} thread" + "s" * (first["threads"] > 1)
-    )
-    fig.suptitle(
-        f"{first['shape']}, {first['prompt']} tokens, batch {first['batch_size']}, {first['dtype']}, {where}",
-        fontsize=8,
-    )
+    fig.suptitle(f"{run.model}: {conditions(run)}", fontsize=8)
     fig.legend(frameon=False, loc="outside lower center", ncols=len(names) + 1)
     return fig

@@ -11,7 +11,7 @@ from scripts.published import look_up
 from scripts.tables.ablations import published_part
 from scripts.tables.formats import NOT_RUN, Cell, Part, Table, cell, text_of
 from scripts.tables.paper import EDITIONS, paper_table
-from scripts.tables.summary import Summary, embedded, kept_apart, place, shown
+from scripts.tables.summary import Summary, embedded, kept_apart, shown
 
 MODEL = "llava_1_5_7b"
 TEXT_TOKENS = 118  # the authors' formula gives the paper's column at this length
@@ -129,23 +129,6 @@ def number(value: float | None, digits: int, sign: str = "") -> str:
     return NOT_RUN if pd.isna(value) else f"{value:{sign}.{digits}f}"
 
 
-def latency_table(run: Run) -> Table:
-    """One latency run, all that it measured."""
-    rows = []
-    for row in sorted(run.metrics["rows"], key=lambda r: place(label(r["method"], r["options"]), r["budget"])):
-        texts = [label(row["method"], row["options"]), str(row["budget"])]
-        texts += [number(row[key], 1) for key in ("entering", "leaving")]
-        for key, digits in (("prefill_ms", 1), ("prefill_ratio", 2), ("vision_ms", 1), ("decode_ms", 2)):
-            texts.append(
-                f"{row[key]['median']:.{digits}f} [{row[key]['q25']:.{digits}f}, {row[key]['q75']:.{digits}f}]"
-            )
-        rows.append([cell(text, run.folder.name) for text in texts])
-    columns = ["method", "budget", "entering", "leaving", "prefill ms", "prefill ratio to unpruned",
-               "image encoding ms", "decode ms/token"]  # fmt: skip
-    caption = f"Latency of the model {run.model}: {timing(run)}. {embedded(run.model)}".strip()
-    return Table(run.folder.name, f"Latency: {run.model}", caption, columns, rows, 1)
-
-
 def half_precision_table(run: Run) -> Table:
     """One measurement of how many kept tokens half precision shares with float32."""
     rows: dict[tuple, dict[str, str]] = {}
@@ -160,15 +143,3 @@ def half_precision_table(run: Run) -> Table:
     texts = [(*stage, *(found[dtype] for dtype in dtypes)) for stage, found in rows.items()]
     cells = [[cell(text, run.folder.name) for text in row] for row in texts]
     return Table(run.folder.name, "Half precision", caption, ["model", "method", "budget", "layer", *dtypes], cells, 4)
-
-
-def timing(run: Run) -> str:
-    """How and on what a latency run was measured."""
-    row, hardware = run.metrics["rows"][0], run.metrics["hardware"]
-    threads = "1 thread" if hardware["threads"] == 1 else f"{hardware['threads']} threads"
-    on_gpu = run.config["device"].startswith("cuda")
-    device = ", ".join(hardware["gpu"]) if on_gpu else f"{hardware['cpu']}, {threads}"
-    return (
-        f"median and quartiles of {run.metrics['n']} interleaved rounds at batch {row['batch_size']} and "
-        f"{row['text_tokens']} text tokens, tower and projector not included, {run.config['dtype']} on {device}"
-    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sparsevlm.markdown import markdown_table
+from eval.markdown import markdown_table
 
 NOT_RUN = "not run"
 NOT_JUDGED = "not judged"  # the answers are there, but no language model scored them

@@ -131,14 +131,14 @@ def _excluded(metrics: dict) -> str:
 
 def _latency_run(group: Group, runs: Iterable[Run]) -> Run | None:
     settings = {run.setting for run in group.runs}
-    candidates = [r for r in runs if r.task == LATENCY and r.model == group.model]
+    candidates = [r for r in runs if r.task == LATENCY and r.model == group.model and "shape" not in r.config]
     rated = [(len(settings & set(_latency_rows(r))), r.metrics["date"], r.folder.name, r) for r in candidates]
     rated = [entry for entry in rated if entry[0]]
     return max(rated, key=lambda entry: entry[:3])[3] if rated else None
 
 
 def _latency_rows(run: Run) -> dict[str, dict]:
-    return {setting_key(r["method"], r["options"], r["budget"]): r for r in run.metrics["rows"]}
+    return {setting_key(r["method"], r["options"], r["budget"]): r for r in run.metrics["rows"] if "prefill_ms" in r}
 
 
 def _to_control(run: Run, control: Run | None, metric: str, scale: float) -> dict:

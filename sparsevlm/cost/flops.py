@@ -1,7 +1,5 @@
 """Multiply-adds of a pruned model, counted by fvcore on the meta device: no weights, no GPU, seconds.
 
-    python -m sparsevlm.cost.flops --model llava-1.5-7b --text-tokens 118
-
 What is counted: the matrix products (linear layers, QK^T and PV of attention, patch embedding, and the pruning method's
 own: similarities, rater choice, rater rows, clustering, merging) of one unmodified forward pass with the method's hooks
 in place. One rule for all methods says where it is booked:
@@ -30,14 +28,12 @@ image of 336 pixels; a tracer that removes dead code misses it).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from sparsevlm import methods
 from sparsevlm.cost.counters import (
     METHOD,
     PROJECTOR,
@@ -48,8 +44,7 @@ from sparsevlm.cost.counters import (
     meta_model,
     tower_names,
 )
-from sparsevlm.cost.shapes import PUBLISHED, load_config, make_prompt
-from sparsevlm.markdown import markdown_of_records
+from sparsevlm.cost.shapes import load_config, make_prompt
 from sparsevlm.methods import build
 from sparsevlm.methods.base import Method
 from sparsevlm.methods.sparsevlm import SparseVLM
@@ -213,59 +208,3 @@ def row(
         "gmacs": counted.gmacs,
         "formula_gmacs": formula_gmacs(counted.lengths, text.hidden_size, text.intermediate_size),
     }
-
-
-def with_savings(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Rows with `saved_percent`, what the prefill saves against the same model's row of the method "none", and
-    `first_token_saved_percent`, the same of everything up to the first token."""
-    totals = {"saved_percent": prefill_gmacs, "first_token_saved_percent": first_token_gmacs}
-    full = {r["model"]: r["gmacs"] for r in rows if r["method"] == "none"}
-    return [
-        r | {key: 100 * (1 - total(r["gmacs"]) / total(full[r["model"]])) for key, total in totals.items()}
-        for r in rows
-    ]
-
-
-def cells(row: dict[str, object]) -> dict[str, str]:
-    """A row of `with_savings` as it is printed."""
-    options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
-    gmacs = row["gmacs"]
-    return {
-        "model": row["model"],
-        "method": row["method"] + (f" ({options})" if options else ""),
-        "budget": "explicit" if row["budget"] is None else str(row["budget"]),
-        "entering": f"{row['entering']:.1f}",
-        "leaving": f"{row['leaving']:.1f}",
-        "prefill GMAC": f"{prefill_gmacs(gmacs):,.2f}",
-        "GFLOP": f"{2 * prefill_gmacs(gmacs):,.2f}",
-        "saved %": f"{row['saved_percent']:.1f}",
-        "of it method GMAC": f"{gmacs['method']:,.3f}",
-        "vision GMAC": f"{gmacs['vision']:,.2f}",
-        "projector GMAC": f"{gmacs['projector']:,.3f}",
-        "first token GMAC": f"{first_token_gmacs(gmacs):,.2f}",
-        "saved of it %": f"{row['first_token_saved_percent']:.1f}",
-        "decode GMAC/token": f"{gmacs['decode']:,.3f}",
-    }
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print a table; an unknown name or an impossible budget is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(description="Count multiply-adds of a prefill; no weights are needed.")
-    parser.add_argument(
-        "--model", nargs="+", default=["llava-1.5-7b"], help=f"{', '.join(PUBLISHED)}, mini, a folder, llama-1024x16"
-    )
-    parser.add_argument("--method", nargs="+", default=["none", "random", "sparsevlm"], help=", ".join(methods()))
-    parser.add_argument("--budget", nargs="+", type=int, default=[192, 128, 64], help="mean visual tokens per layer")
-    parser.add_argument("--text-tokens", type=int, default=118, help="all tokens that are not visual (default: 118)")
-    args = parser.parse_args(argv)
-    chosen = [("none", "full"), *((m, b) for m in args.method if m != "none" for b in args.budget)]
-    try:
-        rows = with_savings([row(m, *setting, args.text_tokens) for m in args.model for setting in chosen])
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
-    print(f"Multiply-adds at {args.text_tokens} non-visual tokens, batch 1 (1 GMAC = 2 GFLOP); fvcore, meta device.\n")
-    print(markdown_of_records([cells(row) for row in rows]))
-
-
-if __name__ == "__main__":
-    main()

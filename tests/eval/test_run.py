@@ -265,6 +265,7 @@ class TestMultirun:
     def test_a_task_that_fails_does_not_stop_those_after_it(self, monkeypatch, capfd):
         original = digests.load_questions
         broken = lambda settings, *rest: original(settings, *rest) if settings.seed else 1 / 0  # noqa: E731
+        broken.cache_clear = original.cache_clear
         monkeypatch.setattr(digests, "load_questions", broken)
         assert main(["-m", "method=random", "budget=16", "limit=2", "task.seed=0,1"]) == 1
         assert [n.startswith(".") for n in folders()] == [False]  # without its questions, a run has no name

@@ -22,7 +22,7 @@ FOLDERS = [p.parent for p in sorted(REFERENCE.rglob("runs")) if p.is_dir()]
 def test_tables_come_from_the_runs_beside_them(folder):
     runs = read_runs(folder)
     tables = {table.name: table for table in build_tables(runs)}
-    kept = {path.stem for path in (folder / "tables").glob("*.md") if not path.stem.startswith("flops__")}
+    kept = {path.stem for path in (folder / "tables").glob("*.md")}
     papers = {name for name in tables if "__" not in name}
     assert kept == set(tables) if folder == REFERENCE else kept == set(tables) - papers
     for name in kept:

@@ -1,150 +1,101 @@
-"""The tables of counted multiply-adds: what is in them, and that nothing is overwritten."""
+"""The tables of counted multiply-adds show the rows of the runs, beside the paper's numbers."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+import re
 
-import pandas as pd
 import pytest
 
-import sparsevlm
+from eval.runs.reader import read_runs
 from scripts.published import look_up
-from scripts.tables import flops as flops_table
-from sparsevlm.budget import explicit_schedule
-from sparsevlm.cost import flops
-from sparsevlm.cost.flops import prefill_gmacs
-from sparsevlm.methods import build
-
-ROOT = Path(__file__).resolve().parents[3]
-REFERENCE = ROOT / "results" / "reference" / "flops"
-QUICK = "--models llama-64x4 --methods sparsevlm --budgets 64 --text-tokens 12 --jobs 1"
+from scripts.tables import flops
+from tests.scripts import folders
+from tests.scripts.tables.test_tables import ROOT
 
 
-def start(out, text=QUICK):
-    flops_table.main([*text.split(), "--out", str(out)])
+def count(method, budget, prefill, length=118, first=200.0, own=1.0, **options):
+    gmacs = {"llm_prefill": prefill - own, "method": own, "vision": 190.96, "projector": 12.08, "decode": 6.79}
+    return {
+        "method": method, "budget": budget, "options": options, "text_tokens": length, "entering": 200.0,
+        "leaving": 192.0, "gmacs": gmacs, "formula_gmacs": prefill - 2, "prefill_gmacs": prefill,
+        "first_token_gmacs": prefill + first,
+    }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    out = tmp_path_factory.mktemp("flops")
-    start(out)
-    return out
+def run(results, rows, digest="a", model="llava_1_5_7b", date="2026-01-01T00:00:00+00:00"):
+    about = {"schema": 1, "task": "flops", "model": model, "config_hash": digest, "n": len(rows), **folders.ABOUT}
+    name = f"flops__{model}__{digest}"
+    folders.write(results / "runs" / name, {}, {**about, "date": date, "rows": rows}, [])
+    return name
 
 
-def test_rows_are_the_counts_in_both_forms(made):
-    rows = json.loads((made / "flops__t12.json").read_text())["rows"]
-    assert [(r["method"], r["budget"], r["options"]) for r in rows] == [
-        ("none", "full", {}), ("sparsevlm", 64, {}), ("sparsevlm", 64, {"early_drop": False}),
+ROWS = [
+    count("none", "full", 4000.0, own=0.0),
+    count("sparsevlm", 192, 2000.0),
+    count("sparsevlm", 192, 2100.0, early_drop=False),
+]
+
+
+def tables(results):
+    return {table.name: table for table in flops.flops_tables(read_runs(results))}
+
+
+def test_a_table_shows_every_setting_with_what_it_saves(tmp_path):
+    name = run(tmp_path, ROWS)
+    table = tables(tmp_path)["flops__llava_1_5_7b__t118"]
+    cells = [dict(zip(table.columns, row, strict=True)) for row in table.texts]
+    assert [(c["method"], c["budget"]) for c in cells] == [
+        ("none", "full"), ("sparsevlm", "192"), ("sparsevlm (early_drop=False)", "192"),
     ]  # fmt: skip
-    early, plain = (
-        flops.count("llama-64x4", "sparsevlm", 64, 12, **options) for options in ({}, {"early_drop": False})
+    assert (cells[1]["prefill GMAC"], cells[1]["GFLOP"], cells[1]["saved %"]) == ("2,000.00", "4,000.00", "50.0")
+    assert cells[1]["of it saved %"] == f"{100 * (1 - 2200 / 4200):.1f}" and cells[2]["saved %"] == "47.5"
+    assert cells[1]["of it method GMAC"] == "1.000" and "118 other tokens" in table.caption
+    assert all(part.runs == (name,) for row in table.rows for part, *_ in row)
+
+
+def test_the_newest_count_is_shown_and_another_way_of_booking_is_not(tmp_path):
+    old = run(tmp_path, ROWS, "old")
+    new = run(tmp_path, [count("sparsevlm", 192, 1000.0)], "new", date="2026-02-01T00:00:00+00:00")
+    run(
+        tmp_path, [{**count("none", "full", 1.0), "gmacs": {"llm_prefill": 1.0}}], "x", date="2027-01-01T00:00:00+00:00"
     )
-    assert (rows[1]["gmacs"], rows[2]["gmacs"]) == (early, plain)
-    full = prefill_gmacs(rows[0]["gmacs"])
-    assert rows[1]["saved_percent"] == pytest.approx(100 * (1 - prefill_gmacs(early) / full))
-    assert rows[1]["saved_percent"] > rows[2]["saved_percent"] > 50
-    table = pd.read_csv(made / "flops__t12.csv")
-    assert table["prefill_gflops"].tolist() == pytest.approx([2 * prefill_gmacs(r["gmacs"]) for r in rows])
-    text = (made / "flops__t12.md").read_text()
-    assert "12 other tokens" in text and "1 GMAC = 2 GFLOP" in text
-    entering = rows[1]["entering"]
-    cells = f"{entering:.1f} | 64.0 | {prefill_gmacs(early):,.2f} | {2 * prefill_gmacs(early):,.2f}"
-    assert entering > 64 and f"| sparsevlm | 64 | {cells} |" in text
-    assert "| sparsevlm (early_drop=False) | 64 |" in text
+    rows = tables(tmp_path)["flops__llava_1_5_7b__t118"].rows
+    assert [row[4][0].text for row in rows] == ["4,000.00", "1,000.00", "2,100.00"]
+    assert [row[4][0].runs[0] for row in rows] == [old, new, old]
 
 
-def test_equal_files_are_left_and_others_are_never_overwritten(made, capsys):
-    before = {p: p.read_bytes() for p in made.iterdir()}
-    start(made)
-    assert {p: p.read_bytes() for p in made.iterdir()} == before
-    with pytest.raises(SystemExit) as stop:
-        start(made, QUICK.replace("64", "100"))
-    assert stop.value.code == 2 and "move it away or give --out" in capsys.readouterr().err
-    assert all(p.read_bytes() == content for p, content in before.items())
-
-
-def test_an_interrupted_script_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(flops_table, "code_version", lambda: "abc")
-    original, calls = flops_table.row, []
-
-    def row(*entry):
-        calls.append(entry)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*entry)
-
-    monkeypatch.setattr(flops_table, "row", row)
-    with pytest.raises(SystemExit) as stop:
-        start(tmp_path)
-    assert stop.value.code == 130 and not list(tmp_path.glob("*.json"))
-    with open(tmp_path / ".flops__t12.partial", "a") as file:
-        file.write('{"code": "abc", "ke')
-    start(tmp_path)
-    assert len(calls) == 4 and calls[2] == calls[3]  # only what was missing is counted
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["flops__t12.csv", "flops__t12.json", "flops__t12.md"]
-    monkeypatch.setattr(flops_table, "code_version", lambda: "other")
-    (tmp_path / ".flops__t12.partial").write_text('{"code": "abc", "key": "x", "row": {}}\n')
-    assert flops_table.Counts(tmp_path / ".flops__t12.partial", 1)._rows == {}
-
-
-def test_every_method_and_budget_is_counted():
-    for model, budgets in flops_table.BUDGETS.items():
-        names = [m for m in sparsevlm.methods() if m not in flops_table.UNCOUNTED]
-        settings = list(flops_table.settings(model, names, budgets))
-        for name, budget, options in settings:
-            build(name, budget=budget, **{k: v for k, v in options.items() if k != "rank"})
-        found = {(name, budget) for name, budget, _ in settings}
-        for name in names:
-            assert name in ("none", "sparsevlm_rank") or {(name, b) for b in budgets} <= found
-        assert ("sparsevlm_rank", None) in found and settings[0] == ("none", "full", {})
-
-
-def test_rank_forms_meet_the_budgets_they_are_named_for():
-    """As the authors count: the mean of what leaves a layer, of 2048 visual tokens."""
-    for budget, options in zip((194, 135), flops_table.RANKS["video"], strict=True):
-        layers = tuple(options["layers"])
-        assert explicit_schedule(2048, 32, layers, (options["rank"],), 0.3, 0.1).leaving == pytest.approx(
-            budget, abs=0.7
-        )
+def test_the_papers_column_and_claims_stand_beside_the_counts(tmp_path):
+    run(tmp_path, [*ROWS, count("none", "full", 3000.0, 70), count("sparsevlm", 128, 1500.0, 70)])
+    run(tmp_path, [count("none", "full", 1.0)], model="llava_1_5_13b")
+    found = tables(tmp_path)
+    column = {row[0] + row[1]: row for row in found["flops_paper"].texts}
+    assert column["nonefull"][2:] == ["4.62", "3.998", "4.000", "4.000"]
+    assert column["sparsevlm192"][2:] == ["2.14", "2.098", "2.100", "2.000"] and set(column) == {
+        "nonefull", "sparsevlm192",
+    }  # fmt: skip
+    claims = {row[2]: row[3:] for row in found["flops_claims"].texts}
+    assert claims["the same at 70 text tokens"] == [f"{100 * (1 - 1498 / 2998):.1f}", "50.0", "50.0"]
+    assert len(claims) == 2
+    assert "flops_paper" not in {
+        t.name for t in flops.flops_tables([r for r in read_runs(tmp_path) if "13b" in r.model])
+    }
 
 
 def test_claims_are_printed_numbers():
-    for version, table, metric, budget, _, _ in flops_table.CLAIMS:
+    for version, table, metric, budget, _, _ in flops._CLAIMS:
         assert len(look_up("SparseVLM", version, table, metric=metric, tokens=budget)) == 1
-    printed = {(name, budget): p.number for p, name, budget in flops_table._table_1()}
-    ours = [printed["sparsevlm", budget] for budget in (192, 128, 64)]
-    assert [printed["none", "full"], *ours] == [4.62, 2.14, 1.72, 1.30]
+    printed = look_up("SparseVLM", "v4", "Table 1", model=flops.MODEL, benchmark="efficiency", metric="flops")
+    ours = {(line.method, line.tokens): line.number for line in printed.itertuples()}
+    assert [ours["sparsevlm", str(budget)] for budget in (192, 128, 64)] == [2.14, 1.72, 1.30]
+    assert [number for (method, _), number in ours.items() if method == "none"] == [4.62]
 
 
-def test_wrong_arguments_are_one_line(tmp_path, capsys):
-    for text, message in (("--models llava-2", "no shapes"), ("--methods sparsvlm", "unknown method")):
-        with pytest.raises(SystemExit) as stop:
-            start(tmp_path, f"{QUICK} {text}")
-        assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_processes_count_the_same(tmp_path, made):
-    command = [sys.executable, "scripts/tables/flops.py", *QUICK.split()[:-1], "2", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    for name in ("flops__t12.csv", "flops__t12.md"):
-        assert (tmp_path / name).read_bytes() == (made / name).read_bytes()
-
-
-def test_the_page_on_costs_quotes_the_reference():
-    table = [line for line in (REFERENCE / "flops__t118.md").read_text().splitlines() if line.startswith("|")]
-    page = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(page) if "the paper's formula" in line)
-    quoted = [line for line in page[start : start + 6]]
-    assert all(line in table for line in quoted) and quoted[2].startswith("| none | full | 4.62 |")
-    assert [line.split(" | ")[1] for line in quoted[3:]] == ["192", "128", "64"]
-
-
-@pytest.mark.slow
-def test_the_reference_is_what_the_code_counts():
-    found = json.loads((REFERENCE / "flops__t118.json").read_text())
-    (row,) = [r for r in found["rows"] if (r["method"], r["budget"], r["options"]) == ("sparsevlm", 192, {})
-              and r["model"] == "llava-1.5-7b"]  # fmt: skip
-    assert row["gmacs"] == pytest.approx(flops.count("llava-1.5-7b", "sparsevlm", 192, 118), rel=1e-5)  # as printed
-    assert flops_table.text(found, flops_table.UNCOUNTED) == (REFERENCE / "flops__t118.md").read_text()
+def test_the_page_on_costs_has_the_papers_column():
+    page = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- flops -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines()]
+    assert rows[0] == ["method", "budget", "paper", "the paper's formula", "counted, plain", "counted"]
+    assert [row[:3] for row in rows[2:]] == [
+        ["none", "full", "4.62"], ["sparsevlm", "192", "2.14"],
+        ["sparsevlm", "128", "1.72"], ["sparsevlm", "64", "1.30"],
+    ]  # fmt: skip
+    for row in rows[2:]:
+        assert float(row[3]) == pytest.approx(float(row[2]), rel=0.02)

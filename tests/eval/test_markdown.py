@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsevlm.markdown import markdown_of_records, markdown_table
+from eval.markdown import markdown_of_records, markdown_table
 
 
 def test_a_table_letter_by_letter():
@@ -27,6 +27,6 @@ def test_records():
 
 
 def test_nobody_else_writes_tables():
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     sources = [path for room in ("eval", "scripts", "sparsevlm") for path in (root / room).rglob("*.py")]
     assert [path.name for path in sources if "---:" in path.read_text(encoding="utf-8")] == ["markdown.py"]
