@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from sparsevlm.methods.base import Method
+from sparsevlm.runtime.families import RECORDS
 
 #: Inputs of `generate()` that hold pixels, and the kind of each.
 KINDS = {"pixel_values": "image", "pixel_values_videos": "video"}
@@ -99,7 +100,13 @@ def as_argument(features: Mapping[str, list[Tensor] | Tensor]) -> dict[str, Base
 
 
 def leaves_features_alone(model: nn.Module, method: Method) -> bool:
-    """Whether a method hooks nothing before the language model, so that its runs can share features."""
+    """Whether a method hooks nothing before the language model, so that its runs can share features.
+
+    False where a picture is not one row of the pixels and of the features (tiles, patches of all pictures in one
+    list): there each run encodes its pictures itself.
+    """
+    if not RECORDS[model.config.model_type].grid:
+        return False
     before = _hooks(model)
     with method(model):
         return _hooks(model) == before

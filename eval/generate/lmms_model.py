@@ -48,7 +48,7 @@ class SparseVLMAdapter(lmms):
         batch_size: prompts per `generate()`; answers do not depend on it.
         max_new_tokens: for tasks that do not say.
         device: where to put the model; default: a GPU if there is one.
-        dtype, revision, attn_implementation, prompt, image_aspect_ratio: see `sparsevlm.load`.
+        dtype, revision, attn_implementation, prompt, image_aspect_ratio, min_pixels, max_pixels: see `sparsevlm.load`.
         max_batch_size: accepted because lmms-eval passes it; has no effect.
         ledger: where answers are kept and looked up.
         progress: called with the number of newly answered documents; default: a progress bar.
@@ -64,7 +64,7 @@ class SparseVLMAdapter(lmms):
         self,
         pretrained: str = "mini",
         method: str | Method = "none",
-        budget: int | str | None = "full",
+        budget: int | float | str | None = "full",
         batch_size: int | str = 1,
         max_new_tokens: int = MAX_NEW_TOKENS,
         device: str | None = None,
@@ -75,6 +75,8 @@ class SparseVLMAdapter(lmms):
         attn_implementation: str = "sdpa",
         prompt: str = "hub",
         image_aspect_ratio: str = "crop",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         model: torch.nn.Module | None = None,
         processor: Processor | None = None,
         ledger: Ledger | None = None,
@@ -97,6 +99,8 @@ class SparseVLMAdapter(lmms):
                 revision=revision,
                 prompt=prompt,
                 image_aspect_ratio=image_aspect_ratio,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
             )
         self.model, self.processor, self.method = model, processor, method
         self._name = f"{pretrained}@{revision}" if revision else pretrained
@@ -117,6 +121,8 @@ class SparseVLMAdapter(lmms):
     def __str__(self) -> str:
         """Names everything that changes answers: lmms-eval's response cache uses it as the model's identity."""
         processing = f"{self.processor.prompt}, {self.processor.image_aspect_ratio}, {self._max_new_tokens}"
+        limits = [getattr(self.processor, name, None) for name in ("min_pixels", "max_pixels")]
+        processing += "" if limits == [None, None] else f", {limits[0]} to {limits[1]} pixels"
         return f"SparseVLMAdapter({self._name}, {self.model.dtype}, {processing}, {self.method!r})"
 
     def clean(self) -> None:

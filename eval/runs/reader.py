@@ -29,7 +29,10 @@ _FILES = ("config.yaml", "metrics.json", "samples.jsonl", "env.json")
 _COMMON = ("schema", "task", "model", "n", "versions", "hardware", "git", "date")
 _ACCURACY = ("method", "options", "budget", "config_hash", "metrics", "tokens", "cost", "seed")
 # Model settings that change answers; device and batch size do not.
-_MODEL_KEYS = ("pretrained", "revision", "dtype", "attn_implementation", "prompt", "image_aspect_ratio")
+_MODEL_KEYS = (
+    "pretrained", "revision", "dtype", "attn_implementation", "prompt", "image_aspect_ratio", "min_pixels",
+    "max_pixels",
+)  # fmt: skip
 _NOT_ASKED = ("judge", "metric", "scale")  # keys of the task, by their beginnings; for judges see `_check_group`
 
 

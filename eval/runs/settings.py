@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,11 +20,13 @@ from sparsevlm.methods.base import Method, checked
 from sparsevlm.models.checkpoint import find_checkpoint, read_config
 from sparsevlm.models.loading import DTYPES
 from sparsevlm.models.processor import check_options, n_visual_tokens
+from sparsevlm.runtime.families import RECORDS
 
 _TOP = (
     "model", "method", "budget", "task", "limit", "max_new_tokens",
     "batch_size", "on_error", "feature_mb", "results_dir",
 )  # fmt: skip
+_TYPICAL = 1280  # visual tokens with which settings are tried where their number depends on the picture
 _WHOLE_FILE_BYTES = 64 << 20  # larger files are fingerprinted by samples
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
@@ -41,6 +43,8 @@ class ModelSettings:
     attn_implementation: str
     prompt: str
     image_aspect_ratio: str
+    min_pixels: int | None
+    max_pixels: int | None
 
 
 @dataclass(frozen=True)
@@ -49,20 +53,21 @@ class RunSettings:
 
     Attributes:
         method: built, with its budget.
-        budget: as in the folder's name: an int, "full", or "explicit" where the method's own options say how many
+        budget: as in the folder's name: an int, a share, "full", or "explicit" where the method's options say how many
             tokens stay.
         limit: number of questions; None = all of the task.
         max_new_tokens: None = as the task says.
         on_error: "stop" at a question that cannot be answered, or "record" it as excluded and continue.
         feature_mb: main memory for visual features.
         checkpoint: folder of the model's files.
-        n_visual: visual tokens of one picture, or of one video where the task is about videos.
+        n_visual: visual tokens of one picture, or of one video where the task is about videos; None = they depend on
+            the picture.
     """
 
     model: ModelSettings
     task: TaskSettings
     method: Method
-    budget: int | str
+    budget: int | float | str
     limit: int | None
     max_new_tokens: int | None
     batch_size: int
@@ -70,7 +75,12 @@ class RunSettings:
     feature_mb: int
     results_dir: Path
     checkpoint: Path
-    n_visual: int
+    n_visual: int | None
+
+    @property
+    def axes(self) -> int:
+        """Position ids of a token; see `sparsevlm.runtime.families.Record`."""
+        return RECORDS[read_config(self.checkpoint).model_type].axes
 
     @property
     def options(self) -> dict:
@@ -96,6 +106,7 @@ class RunSettings:
                 "name": self.model.name,
                 "weights": fingerprint(self.checkpoint),
                 **{k: getattr(self.model, k) for k in ("dtype", "attn_implementation", "prompt", "image_aspect_ratio")},
+                **{k: v for k in ("min_pixels", "max_pixels") if (v := getattr(self.model, k)) is not None},
             },
             "method": {"name": self.method.name, **self.options},
             "budget": self.budget,
@@ -164,7 +175,9 @@ def make_run(config: Mapping) -> RunSettings:
         model = _resolved(model)
         checkpoint = find_checkpoint(model.pretrained, model.revision)
         shapes = read_config(checkpoint)
-        n_visual = n_visual_tokens(shapes, "video" if TASKS[task.name].video else "image")
+        n_visual = _n_visual(shapes, TASKS[task.name].video)
+        if n_visual is None:
+            model = replace(model, image_aspect_ratio="native" if model.image_aspect_ratio == "crop" else "pad")
         method, budget = _method(config["method"], config["budget"], n_visual, shapes.get_text_config())
     except (ValueError, OSError) as error:  # OSError: FileNotFoundError, PermissionError, ConnectionError
         raise UserError(one_line(error)) from error
@@ -181,7 +194,20 @@ def make_run(config: Mapping) -> RunSettings:
     )
 
 
-def _method(config: Mapping, budget, n_visual: int, text_config) -> tuple[Method, int | str]:
+def _n_visual(shapes, video: bool) -> int | None:
+    """Count the visual tokens of one picture or video; None = they depend on the picture.
+
+    Raises:
+        ValueError: the model takes no such input.
+    """
+    if RECORDS[shapes.model_type].grid:
+        return n_visual_tokens(shapes, "video" if video else "image")
+    if video:
+        raise ValueError(f"videos are not prepared for a model of type {shapes.model_type!r} here. Use another task")
+    return None
+
+
+def _method(config: Mapping, budget, n_visual: int | None, text_config) -> tuple[Method, int | float | str]:
     """Build the method; return it with the budget as in the run folder's name.
 
     Raises:
@@ -190,14 +216,16 @@ def _method(config: Mapping, budget, n_visual: int, text_config) -> tuple[Method
     options = {k: v for k, v in config.items() if k != "name" and v is not None}
     name = config["name"]
     budget = check_budget(budget)
-    if isinstance(budget, int) and budget > n_visual:
+    if isinstance(budget, int) and n_visual is not None and budget > n_visual:
         raise ValueError(
             f"budget {budget} is above the {n_visual} visual tokens of this input. Use at most {n_visual}, or 'full'"
         )
     if name == "none":
         return sparsevlm.build(name, budget="full", **options), "full"
     method = sparsevlm.build(name, budget=budget, **options)
-    schedule = method.plan(n_visual, text_config.num_hidden_layers)  # raises for layers that this model lacks
+    schedule = method.plan(
+        n_visual or _TYPICAL, text_config.num_hidden_layers
+    )  # raises for layers that this model lacks
     if budget is None and not schedule.layers:
         raise ValueError(f"method {name} drops nothing without a budget. Use for example budget=192")
     return method, "explicit" if budget is None else budget

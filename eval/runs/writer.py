@@ -17,7 +17,9 @@ that were scored), excluded (number of questions that could not be answered and 
 on_error=record), metrics {name: {value, ci95, n}} (per question type as "accuracy/<type>"; ci95 is null where a metric
 is no mean over questions), not_scored {name: reason} (only where a language model should have judged and did not),
 benchmark (lmms_tasks, the metric of the papers' tables with its scale and who computed it, judge, data, note), tokens
-{visual, entering, leaving} (means over questions of visual tokens: in the prompt, and per layer of the language model),
+{visual, entering, leaving} (means over questions of visual tokens: in the prompt, and per layer of the language model;
+clamped: questions with fewer than the budget, where their number depends on the picture), positions ("original" where
+they have several axes: survivors keep their own, whatever the method's option says),
 time, cost (GMACs of one question of median length; null with a note where the method cannot be counted), seed,
 versions, hardware, git, date.
 
@@ -232,7 +234,8 @@ def files(
         "metrics": found,
         **({"not_scored": dict(not_scored)} if not_scored else {}),
         "benchmark": benchmark,
-        "tokens": {k: statistics.fmean(getattr(a, k) for a in answers) for k in ("visual", "entering", "leaving")},
+        "tokens": _tokens(run, answers),
+        **({} if run.axes == 1 else {"positions": "original"}),
         "time": {
             "generate_s": seconds,
             "samples_per_s": len(answers) / seconds,
@@ -249,6 +252,14 @@ def files(
         **({"excluded.jsonl": "".join(map(_line, left_out))} if left_out else {}),
         **run_files(_configuration(run), metrics, lines, command, git),
     }
+
+
+def _tokens(run: RunSettings, answers: Sequence[Answer]) -> dict:
+    """Means over the questions; where the number depends on the picture also how many had fewer than the budget."""
+    found = {k: statistics.fmean(getattr(a, k) for a in answers) for k in ("visual", "entering", "leaving")}
+    if run.n_visual is None and isinstance(run.budget, int):
+        found["clamped"] = sum(0 < a.visual < run.budget for a in answers)
+    return found
 
 
 def cost(run: RunSettings, answers: Sequence[Answer]) -> dict:

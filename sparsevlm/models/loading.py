@@ -25,6 +25,8 @@ def load(
     revision: str | None = None,
     prompt: str = "hub",
     image_aspect_ratio: str = "crop",
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
 ) -> tuple[PreTrainedModel, Processor]:
     """Load a model, ready to generate, and its processor.
 
@@ -34,7 +36,7 @@ def load(
     was trained (:func:`sparsevlm.models.pixels.clip_pixels`); the hub's processor differs.
 
     Args:
-        name: "mini" (embedded), "llava-1.5-7b", "llava-1.5-13b", "video-llava-7b", a hub id or a local folder.
+        name: "mini" (embedded), a name of `checkpoint.HUB_ALIASES` such as "llava-1.5-7b", a hub id or a local folder.
         dtype: "float32", "float16", "bfloat16", "auto" (the checkpoint's) or a torch dtype; None = float32 on the CPU,
             the checkpoint's elsewhere.
         device: where to put the model.
@@ -43,6 +45,9 @@ def load(
         prompt: "hub" (the checkpoint's chat template), "vicuna_v1" or "llava_v1" (the authors' conversations, which
             open with a sentence about a curious user or a curious human).
         image_aspect_ratio: of pictures, "crop" (the hub's centre crop) or "pad" (to a square with the mean colour).
+            Models whose visual tokens depend on the picture keep its shape, whatever this says, and refuse "pad".
+        min_pixels, max_pixels: limits within which the Qwen models scale a picture, and InternVL cuts it into tiles;
+            None = the checkpoint's. The same number twice gives all pictures as many tokens, to rounding.
 
     Raises:
         FileNotFoundError: unknown name, or files are missing.
@@ -55,7 +60,14 @@ def load(
     folder = find_checkpoint(name, revision)
     model_class = getattr(transformers, check_family(folder, str(name)))
     config = read_config(folder)
-    processor = Processor.from_folder(folder, config, prompt=prompt, image_aspect_ratio=image_aspect_ratio)
+    processor = Processor.from_folder(
+        folder,
+        config,
+        prompt=prompt,
+        image_aspect_ratio=image_aspect_ratio,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
     with _no_progress_bar() if name in EMBEDDED else nullcontext():
         model, report = model_class.from_pretrained(
             folder,

@@ -24,12 +24,14 @@ class Record:
             order. What acts in the tower or the projector counts on it; elsewhere rows are laid out anew afterwards
             (tiles, line breaks, merged patches), and such a method would be wrong.
         title: what users call it.
+        axes: position ids of a token: 3 (time, row, column) with M-RoPE, else 1.
     """
 
     text: tuple[str, ...]
     towers: dict[str, str]
     grid: bool
     title: str
+    axes: int = 1
 
 
 _CLIP, _VISUAL = {"vision_tower": "image"}, {"visual": "image"}
@@ -39,10 +41,15 @@ RECORDS = {
     "llava_next": Record(TEXT_MODELS, _CLIP, False, "LLaVA-NeXT"),
     "llava_onevision": Record(TEXT_MODELS, _CLIP, False, "LLaVA-OneVision"),
     "internvl": Record(TEXT_MODELS, _CLIP, False, "InternVL3"),
-    "qwen2_vl": Record(("qwen2_vl_text",), _VISUAL, False, "Qwen2-VL"),
-    "qwen2_5_vl": Record(("qwen2_5_vl_text",), _VISUAL, False, "Qwen2.5-VL"),
-    "qwen3_vl": Record(("qwen3_vl_text",), _VISUAL, False, "Qwen3-VL"),
+    "qwen2_vl": Record(("qwen2_vl_text",), _VISUAL, False, "Qwen2-VL", axes=3),
+    "qwen2_5_vl": Record(("qwen2_5_vl_text",), _VISUAL, False, "Qwen2.5-VL", axes=3),
+    "qwen3_vl": Record(("qwen3_vl_text",), _VISUAL, False, "Qwen3-VL", axes=3),
 }
+#: Why models with such layers (Qwen3.5) are refused.
+RUNNING_STATE = (
+    " Some of its layers keep a running state instead of keys and values (linear attention): a dropped token would "
+    "live on there, so dropping it is not the same as hiding it."
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,8 @@ class Family:
 
     @property
     def axes(self) -> int:
-        """Position ids of a token: 3 (time, row, column) for a rotary embedding of several axes (M-RoPE), else 1."""
-        return 3 if hasattr(self.decoder.rotary_emb, "mrope_section") else 1  # not in every config
+        """Position ids of a token; see `Record`."""
+        return 1 if self.record is None else self.record.axes
 
     @property
     def injections(self) -> int:
@@ -173,10 +180,7 @@ def _reason(config) -> str:
     """What is known to stand in the way, for the error message."""
     text = getattr(config, "text_config", None) or config
     if "linear_attention" in (getattr(text, "layer_types", None) or ()):
-        return (
-            " Some of its layers keep a running state instead of keys and values (linear attention): a dropped token "
-            "would live on there, so dropping it is not the same as hiding it."
-        )
+        return RUNNING_STATE
     if "mrope_section" in _rope(text):
         return " Its rotary embedding has several axes (M-RoPE), which are followed in the Qwen models named here only."
     if str(getattr(text, "model_type", "")).startswith("phi3"):

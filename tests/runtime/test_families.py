@@ -299,6 +299,9 @@ def test_what_acts_in_the_tower_is_refused_by_name(name, method):
 
 def test_every_record_is_tested():
     assert {*RECORDS} == {"llava", "video_llava", *NAMES}
+    for name in NAMES:
+        rotary = model_of(name).model.language_model.rotary_emb
+        assert RECORDS[name].axes == (3 if hasattr(rotary, "mrope_section") else 1)
     assert {*HAS_VIDEO} < {*NAMES}
 
 
