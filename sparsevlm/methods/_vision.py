@@ -206,3 +206,34 @@ def _later_details(default: Callable, samples: list[Sample]) -> tuple[list, list
 def _places(e: Encoding, p: int) -> Tensor:
     """[n] int64: the visual tokens of prompt p that were encoded there, among all of its visual tokens."""
     return torch.arange(e.prompts[p] * e.tower.tokens) if e.places is None else e.places[p]
+
+
+def slots(prefill: Prefill, value: Callable[[Reduced, int], Tensor], out: Tensor, among_rows: bool = False) -> Tensor:
+    """Return what is known of the rows of each picture, where in the call these were filled in.
+
+    Args:
+        value: from what was made of a group of pictures, and their visual tokens, to [n, T]: one value per row.
+        out: [B, L] what all other rows have.
+        among_rows: values are visual tokens of their picture and become the rows of the call where these were.
+    """
+    vision: Vision = prefill.attached
+    out = out.clone()
+    places = torch.from_numpy(prefill.prompt.index(max(prefill.prompt.counts))).to(out.device)
+    for b in range(prefill.batch):
+        for encoding in vision.last.values():
+            prompts = encoding.prompts
+            if prompts is None:  # one picture per prompt
+                prompts = [1] * len(encoding.counts)
+            p = b * len(prompts) // prefill.batch
+            first, mine = sum(prompts[:p]), places[b][_places_of(encoding, prompts, p).to(out.device)]
+            for k in range(prompts[p]):
+                for group, made in zip(encoding.groups, encoding.reduced, strict=True):
+                    if first + k in group:
+                        rows = mine[k * encoding.tower.tokens : (k + 1) * encoding.tower.tokens]
+                        new = value(made, encoding.tower.tokens)[group.index(first + k)].to(out.device)
+                        out[b, rows[: len(new)]] = rows[new] if among_rows else new.to(out.dtype)
+    return out
+
+
+def _places_of(e: Encoding, prompts: list[int], p: int) -> Tensor:
+    return torch.arange(prompts[p] * e.tower.tokens) if e.places is None else e.places[p]

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsevlm.budget import Schedule, check_budget
 
 if TYPE_CHECKING:
+    from sparsevlm.runtime.bias import LogitBias
     from sparsevlm.runtime.families import Family
     from sparsevlm.runtime.prefill import Prefill
     from sparsevlm.runtime.stage import Stage
@@ -52,6 +53,7 @@ class Method:
     scores_entered: ClassVar[bool] = False  # also looks at the states that entered the layer (`Prefill.entered`)
     rereads = False  # generated tokens read the prompt's keys otherwise, too: a cache goes on in such a block only
     keeps_tokens = False  # what it removes is computation of visual tokens; reports say that all of them are kept
+    adds_bias = False  # adds to attention logits (`logit_bias`); needs the sdpa or the eager backend
     adaptive: ClassVar[bool] = False  # counts depend on the picture: the host must wait for the device at each stage
 
     def __post_init__(self) -> None:
@@ -135,6 +137,14 @@ class Method:
     def positions_after(self, layer: int) -> str:
         """Return `positions` of the rows that a stage on the output of `layer` leaves (-1 = at the input)."""
         return self.positions
+
+    def stand_at(self, prefill: Prefill, index: Tensor) -> Tensor:
+        """Return the rows [B, N] whose positions rows `index` [B, N] take that keep "original" positions."""
+        return index
+
+    def logit_bias(self, prefill: Prefill) -> LogitBias | None:
+        """Return what is added to attention logits from layer 0 on, once tokens are dropped at the input."""
+        return None
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
         """Look at the input embeddings [B, L, D] once per prompt, before layer 0; raters are chosen here."""

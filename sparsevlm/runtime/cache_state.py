@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from sparsevlm.runtime.bias import LogitBias
+
 
 @dataclass
 class Segment:
@@ -17,6 +19,7 @@ class Segment:
             where nothing was written yet: it does not grow at each step, as a compiled step wants it.
         places: [B, cached] int64, what sliding windows count in: the index that each token had before others were
             dropped; None = one after the other.
+        bias: what is added to the logits of its keys; None = nothing.
         shift: renumbering: by how much the newest token's position is lower than its original one: an int, or
             [B, 1] int64 where samples differ.
         gate: [B, cached or fewer] bool, which of them were written for later ones to see (`runtime.gate`); None = all.
@@ -27,6 +30,7 @@ class Segment:
     shift: Tensor | int = 0
     places: Tensor | None = None
     gate: Tensor | None = None
+    bias: LogitBias | None = None
 
 
 @dataclass

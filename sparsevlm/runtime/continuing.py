@@ -67,7 +67,7 @@ class Continuing:
             if segment.gate is not None:
                 cached = cached_length(cache, i)
                 seen = whole(visible(seen, extended(segment.gate, cached, None, batch, n, hidden.device)), cache, i)
-            self.step = SegmentMasks(self.hooks.family, seen, cache, rope, positions, segment.places)
+            self.step = SegmentMasks(self.hooks.family, seen, cache, rope, positions, segment.places, segment.bias)
         if i == self.hooks.gated:
             gate_step(self.hooks, state, i, hidden, cache)
         return self.step

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparsevlm.runtime import axes, generation, inputs, ownership
+from sparsevlm.runtime import axes, bias, generation, inputs, ownership
 from sparsevlm.runtime.cache_guard import admit, lock, unlock
 from sparsevlm.runtime.cache_state import CacheState, cached_length, seen_tokens, state_of
 from sparsevlm.runtime.continuing import Continuing, keep_first_mask
@@ -273,6 +273,8 @@ class Hooks:
             return
         numbering = {self.family.positions_after(self.method, layer) for layer in stages}
         inputs.check_backend(self.family, "original" in numbering)
+        if self.method.adds_bias:
+            bias.check_backend(self.family)
         if self.prompt_length is None:  # generate() takes 2D masks only
             inputs.check_mask(self.mask, self.family, key_mask, held, prompt.length)
         if self.own_positions:

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def take_rope(p: Prefill, index: Tensor, length: int) -> None:
-    """Let rows `index` [B, N] of `length` keep their rotation, and their distances under a sliding window."""
+    """Let rows `index` [B, N] of `length` keep their rotation, and their distances under a sliding window.
+
+    Where the method says so, they take those of other rows.
+    """
+    index = p.method.stand_at(p, index)
     if p.family.sliding:
         places = (p.numbers[:length] - length).expand(p.batch, -1) if p.places is None else p.places
         p.places = places.gather(1, index)

@@ -14,6 +14,7 @@ from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.recycling import recycled_counts
 from sparsevlm.core.scores import causal_bias, rank_by_score
 from sparsevlm.runtime import records
+from sparsevlm.runtime.bias import LogitBias
 from sparsevlm.runtime.cache_guard import report_seen_tokens
 from sparsevlm.runtime.cache_state import (
     Segment,
@@ -321,10 +322,20 @@ class Prefill(HasRows):
             shift = state_of(self.cache).at(layer - 1).shift
         self.shift = shift
         places = key_places(self, cached, before)
+        bias = self._logit_bias(layer, before.bias, cached)
         if segment is not None:
+            segment.bias = bias and bias.keys_only()
             segment.key_mask, segment.shift = whole(self.key_mask, self.cache, layer), shift
             segment.places, segment.gate = places, None  # what was gated before is masked for good
-        self.segment_masks = SegmentMasks(self.family, self.key_mask, self.cache, self.rope, places=places)
+        self.segment_masks = SegmentMasks(self.family, self.key_mask, self.cache, self.rope, places=places, bias=bias)
+
+    def _logit_bias(self, layer: int, before: LogitBias | None, cached: int) -> LogitBias | None:
+        """What is added to the logits of all layers from `layer` on; `before`: what earlier turns left there."""
+        bias = self.method.logit_bias(self) if layer == 0 else None
+        if bias is None and before is not None:
+            none = torch.zeros(self.batch, self.length, device=self.device)
+            bias = LogitBias(none, none)
+        return bias and bias.after(before, cached)
 
     def _to(self, device: torch.device) -> None:
         """Follow the states to another device (models spread over several)."""

@@ -103,12 +103,14 @@ class Reduced:
         origin: [n, T] int64, the visual token that each row is, or is the centre of; -1 = none.
         scores: [n, N] float scores of the visual tokens, None = the method has none.
         extra: number of rows whose origin is -1, of each picture; one number where all have the same.
+        sizes: [n, T] int64, visual tokens that were merged into each row; None = the method does not say.
     """
 
     rows: Tensor | None
     origin: Tensor
     scores: Tensor | None = None
     extra: int | list[int] = 0
+    sizes: Tensor | None = None
 
 
 @dataclass

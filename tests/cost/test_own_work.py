@@ -145,6 +145,9 @@ OWN = [
     ("scope", 12, {}, CLS_ROW + N * N * V),
     ("holov", 12, {}, CLS_ROW),
     ("mmtok", 12, {}, TEXT * N * D + N * N * V),  # as if every text token were a word
+    # 6 kept; the 30 others are compared and merged into 6; distances of all rows by their 16 sines and cosines
+    ("restore", 12, {}, CLS_ROW + 30 * 30 * D + 6 * 30 * D + (TEXT + 12) ** 2 * WIDTH),
+    ("restore", 12, {"base": "divprune", "calibrate": False}, N * N * D + 30 * 30 * D + 6 * 30 * D),
     # attention of two blocks; all patches join 22 by their projections; 22 tokens are rated in layer 3
     ("vscan", 12, {}, 2 * CLS_ROW + 2 * N * 22 * D + next_layer_stage(TEXT + 22)),
     ("yopo", None, {"cut": 3, "ffn": 0.5}, 0),

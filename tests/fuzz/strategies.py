@@ -152,7 +152,7 @@ def cases(draw, windows: bool = False) -> Case:
     Args:
         windows: sliding windows, too, counted in positions.
     """
-    name = draw(st.sampled_from([n for n in names() if n not in ("anchorprune", "cdpruner")] + list(OWN)))
+    name = draw(st.sampled_from([n for n in names() if n not in ("anchorprune", "cdpruner", "restore")] + list(OWN)))
     shape = draw(shapes(name in VISION))
     if windows and shape.family != "llama":
         shape = replace(shape, window=draw(st.integers(2, 12)))

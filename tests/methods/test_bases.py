@@ -35,6 +35,7 @@ OPTIONS = {
     "pyramiddrop": "layers=None, ratios=None, match='leaving', positions='renumber'",
     "random": "seed=0",
     "random_layer": "k=None, keep=None, match='leaving', early_drop=True, layers=None, seed=0",
+    "restore": "base='holov', share=0.5, anchors='code', c=2.0, calibrate=True",
     "scope": "alpha=1.0, combine='multiply'",
     "sparsevlm": (
         "layers=None, keep=None, raters='paper', recycle=0.3, cluster=0.1, merge='mean', "

@@ -64,6 +64,8 @@ METHODS = {
     "pyramiddrop": Row(),
     "random": Row(),
     "random_layer": Row(),
+    "restore": Row(refuses=NO_TOWER),
+    "restore, plain": Row({"base": "divprune", "calibrate": False, "budget": 12}, refuses=NO_TOWER),
     "scope": Row(refuses=NO_TOWER),
     "sparsevlm": Row(),
     "sparsevlm_plus": Row({"budget": 12, "kernel_floor": 0.1}),
