@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,10 @@ class LogitBias:
     def keys_only(self) -> LogitBias:
         """What later calls add."""
         return LogitBias(self.first, self.later)
+
+    def of_rows(self, choose: Callable[[Tensor], Tensor]) -> LogitBias:
+        """The terms of other rows of the batch, which `choose` takes of each tensor."""
+        return LogitBias(choose(self.first), choose(self.later), None if self.pairs is None else choose(self.pairs))
 
     def after(self, before: LogitBias | None, cached: int) -> LogitBias:
         """The same for a call whose keys come after `cached` ones of earlier calls, with what these were given."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sparsevlm.runtime.bias import LogitBias
 from sparsevlm.runtime.cache_state import CacheState, cached_length, seen_tokens, state_of, static_length
 
 
@@ -32,6 +33,8 @@ class _Rows:
         getattr(type(cache), self.name)(cache, argument)
 
         def follow(x):
+            if isinstance(x, LogitBias):
+                return x.of_rows(follow)
             if not isinstance(x, Tensor):
                 return x
             if isinstance(argument, Tensor):
