@@ -106,7 +106,7 @@ def greedy(
         scores = score(valid & ~taken)
         last = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
         pick = last.masked_fill_(taken, float("-inf")).argmax(1, keepdim=True)
-        taken.scatter_(1, pick, True)
+        taken.scatter_(1, pick, 1)  # torch.jit traces no bools
         for part in parts:
             part.add(pick)
         chosen.append(pick)

@@ -73,7 +73,7 @@ def choose(attention: Tensor, count: int, crops: int, redistribute: bool = True)
     Returns:
         [n, count] int64 in the order in which they are handed on; -1 at the end where a crop was too small.
     """
-    n, total = attention.shape
+    total = int(attention.shape[1])  # a tracer makes tensors of sizes
     crops = min(crops, total)
     sizes = [total // crops + (i < total % crops) for i in range(crops)]
     first = [sum(sizes[:i]) for i in range(crops)]

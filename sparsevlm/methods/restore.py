@@ -88,7 +88,7 @@ class RESTORE(VisionMethod):
     def reduce(self, pictures: Pictures, count: int) -> Reduced:
         x, total = patches(pictures), pictures.tower.patches
         kept = self._kept(pictures, int(count * self.share))
-        mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, kept, True)
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, kept, 1)
         rows, origin, sizes = [take(x, kept)], [kept], [torch.ones_like(kept)]
         if kept.shape[1] < count:
             rest = pack(~mask, total - kept.shape[1])
@@ -160,7 +160,7 @@ def groups(x: Tensor, count: int, anchors: str) -> Tensor:
 
 def mean_cosine(positions: Tensor, frequencies: Tensor) -> Tensor:
     """Return the mean over frequencies [d / 2] of cos(distance * frequency), [B, L, L] float64, of positions [B, L]."""
-    angle = positions[..., None].double() * frequencies.double()
+    angle = positions[..., None].double() * frequencies.to(positions.device, torch.float64)
     x = torch.cat([angle.cos(), angle.sin()], -1)  # cos(a - b) = cos a cos b + sin a sin b
     return x @ x.mT / frequencies.shape[0]
 

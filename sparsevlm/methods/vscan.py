@@ -171,10 +171,10 @@ def choose(local: Tensor, deep: Tensor, grid: int, count: int, remainder: bool =
         for left, right in zip(edges, edges[1:], strict=False):
             window = index[top:bottom, left:right].flatten()
             best = rank_by_score(local[:, window])[:, :each]
-            taken = taken.scatter(1, window[best], True)
+            taken = taken.scatter(1, window[best], 1)
     total = count if remainder else each * WINDOWS**2 + count - count // 2
     order = rank_by_score(deep.masked_fill(taken, float("-inf")))[:, : total - each * WINDOWS**2]
-    return pack(taken.scatter(1, order, True), total)
+    return pack(taken.scatter(1, order, 1), total)
 
 
 def merge(x: Tensor, chosen: Tensor) -> Tensor:
