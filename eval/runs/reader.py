@@ -101,10 +101,11 @@ def setting_key(method: str, options: dict, budget: int | str | None) -> str:
 def label(method: str, options: dict) -> str:
     """Name of a method with those of its options that are not the defaults: "sparsevlm (raters=all)"."""
     try:
-        defaults = {f.name: f.default for f in fields(method_class(method))}
+        kind = method_class(method)
+        defaults, kept = {f.name: f.default for f in fields(kind)}, ["tokens kept: all"] * kind.keeps_tokens
     except ValueError:  # a method of another version of this project
-        defaults = {}
-    changed = [f"{k}={plain(v)}" for k, v in options.items() if k not in defaults or v != defaults[k]]
+        defaults, kept = {}, []
+    changed = [f"{k}={plain(v)}" for k, v in options.items() if k not in defaults or v != defaults[k]] + kept
     return f"{method} ({', '.join(changed)})" if changed else method
 
 

@@ -226,7 +226,7 @@ def _method(config: Mapping, budget, n_visual: int | None, text_config) -> tuple
     schedule = method.plan(
         n_visual or _TYPICAL, text_config.num_hidden_layers
     )  # raises for layers that this model lacks
-    if budget is None and not schedule.layers:
+    if budget is None and not schedule.layers and not method.removes:
         raise ValueError(f"method {name} drops nothing without a budget. Use for example budget=192")
     return method, "explicit" if budget is None else budget
 

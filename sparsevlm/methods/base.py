@@ -52,7 +52,8 @@ class Method:
     scores_next: ClassVar[bool] = False  # score a stage with the norm and projections of the layer after it
     scores_entered: ClassVar[bool] = False  # also looks at the states that entered the layer (`Prefill.entered`)
     rereads = False  # generated tokens read the prompt's keys otherwise, too: a cache goes on in such a block only
-    keeps_tokens = False  # what it removes is computation of visual tokens; reports say that all of them are kept
+    keeps_tokens: ClassVar[bool] = False  # it removes computation instead of tokens: reports say "tokens kept: all"
+    removes: ClassVar[list[str]] = []  # of such a method the options that are set to remove something
     adds_bias = False  # adds to attention logits (`logit_bias`); needs the sdpa or the eager backend
     adaptive: ClassVar[bool] = False  # counts depend on the picture: the host must wait for the device at each stage
 

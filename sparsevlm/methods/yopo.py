@@ -77,6 +77,7 @@ class YOPO(Method):
 
     name: ClassVar[str] = "yopo"
     reads_text: ClassVar[bool] = False
+    keeps_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +90,8 @@ class YOPO(Method):
             value = getattr(self, option)
             if isinstance(value, int | float) and not 0 < value <= 1:
                 raise ValueError(f"{option} {value} must be a share above 0, at most 1")
+        if not isinstance(self.heads, str) and self.heads == 1:
+            self._set("heads", None)
         if self.cut is not None and self.cut < 1:
             raise ValueError(f"cut {self.cut} must be 1 or more: the first layer that visual tokens do not reach")
         if self.budget is None:
@@ -106,10 +109,6 @@ class YOPO(Method):
         """Return the options that remove something."""
         unset = {"window": None, "heads": None, "ffn": 1, "cut": None}
         return [option for option, value in unset.items() if getattr(self, option) != value]
-
-    @property
-    def keeps_tokens(self) -> bool:
-        return bool(self.removes) or isinstance(self.budget, int)
 
     @property
     def early_drop(self) -> bool:
