@@ -22,8 +22,8 @@ from eval.errors import UserError, one_line
 from eval.tasks import TASKS, TaskSettings
 from eval.tasks.generated import Generated
 from eval.tasks.requests import load_questions, quiet
-from sparsevlm.models import Processor
 from sparsevlm.models.checkpoint import read_config
+from sparsevlm.models.loading import read_processor
 
 if TYPE_CHECKING:
     from eval.runs.settings import ModelSettings, RunSettings
@@ -92,7 +92,7 @@ def processing_digest(checkpoint: Path, model: ModelSettings, video: bool) -> st
     """
     options = {k: v for k, v in vars(model).items() if k not in _LOADING}
     try:
-        processor = Processor.from_folder(checkpoint, read_config(checkpoint), **options)
+        processor = read_processor(checkpoint, read_config(checkpoint), **options)
         shown = [{"videos": frames} for frames in _clips()] if video else [{"images": _picture()}]
         inputs = [processor(question, **media) for media in shown for question in (_CONVERSATION, "what")]
     except (ValueError, OSError) as error:

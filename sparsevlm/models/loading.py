@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsevlm.models.checkpoint import EMBEDDED, check_family, find_checkpoint, read_config
+from sparsevlm.models.dynamic import DynamicProcessor
 from sparsevlm.models.processor import Processor, check_options
+from sparsevlm.runtime.families import RECORDS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -60,7 +63,7 @@ def load(
     folder = find_checkpoint(name, revision)
     model_class = getattr(transformers, check_family(folder, str(name)))
     config = read_config(folder)
-    processor = Processor.from_folder(
+    processor = read_processor(
         folder,
         config,
         prompt=prompt,
@@ -99,6 +102,22 @@ def load(
             "use dtype='float32' or 'bfloat16' if they are larger than float16 can hold"
         )
     return model, processor
+
+
+def read_processor(folder: Path, config: PreTrainedConfig, **options) -> Processor:
+    """Return the processor of a checkpoint folder in the hub's layout.
+
+    Args:
+        options: `prompt`, `image_aspect_ratio`, `min_pixels` and `max_pixels`, as of :func:`load`.
+
+    Raises:
+        FileNotFoundError: tokenizer or image processor settings are missing.
+        ValueError: settings that do not fit the model or each other, or unknown options.
+    """
+    check_options(options.get("prompt", "hub"), options.get("image_aspect_ratio", "crop"))
+    options = {k: v for k, v in options.items() if k not in ("min_pixels", "max_pixels") or v is not None}
+    kind = Processor if RECORDS[config.model_type].grid else DynamicProcessor
+    return kind.from_folder(folder, config, **options)
 
 
 @contextmanager

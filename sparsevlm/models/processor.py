@@ -108,10 +108,6 @@ class Processor:
         """
         check_options(options.get("prompt", "hub"), options.get("image_aspect_ratio", "crop"))
         options = {k: v for k, v in options.items() if k not in ("min_pixels", "max_pixels") or v is not None}
-        if not RECORDS[config.model_type].grid:
-            from sparsevlm.models.dynamic import DynamicProcessor
-
-            return DynamicProcessor.from_folder(folder, config, **options)
         if options.get("image_aspect_ratio") == _NATIVE:
             raise ValueError(f"a model of type {config.model_type!r} takes square pictures. Use crop or pad")
         if limits := [name for name in ("min_pixels", "max_pixels") if name in options]:

@@ -11,6 +11,7 @@ import sparsevlm
 from sparsevlm.models import Processor, n_visual_tokens
 from sparsevlm.models.checkpoint import FAMILIES, read_config
 from sparsevlm.models.dynamic import KINDS
+from sparsevlm.models.loading import read_processor
 from sparsevlm.runtime.families import RECORDS
 from tests import hub_families
 
@@ -36,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def processor_of(path, **options) -> Processor:
-    return Processor.from_folder(path, read_config(path), **options)
+    return read_processor(path, read_config(path), **options)
 
 
 def test_every_family_can_be_loaded():
