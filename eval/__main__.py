@@ -30,7 +30,7 @@ def make_questions(name: str) -> None:
     """Make the questions of a generated task where its YAML looks for them, if this version's are not there."""
     task = TASKS.get(name)
     if isinstance(task, Generated):
-        folder = FOLDER / name / "data"
+        folder = FOLDER / task.folder.removeprefix("own:") / "data"
         print(f"the questions of {name}: {folder}; making them takes about a minute, once", file=sys.stderr, flush=True)
         task.build(0, task.size, folder)
 

@@ -15,7 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -24,6 +24,8 @@ from transformers import GenerationConfig
 from eval.errors import one_line
 from eval.generate.features import KINDS, FeatureStore, as_argument, encoder_outputs, leaves_features_alone
 from eval.generate.ledger import Answer, Failure, Ledger
+from eval.generate.notes import notes_of, targets_of
+from eval.tasks.controls import Oracle
 from eval.tasks.visuals import visuals
 from sparsevlm.methods.base import Method
 from sparsevlm.models import Processor
@@ -278,11 +280,16 @@ class Asker:
         inputs |= {k: v.to(self.model.dtype) for k, v in inputs.items() if k in KINDS}
         if kwargs["do_sample"]:  # the same draws whatever was asked before
             torch.manual_seed(zlib.crc32(repr(which).encode()))
-        with lane.method(self.model) as trace:
+        targets = [targets_of(request, self.documents) for request in batch]
+        method = lane.method
+        if isinstance(method, Oracle):
+            method = replace(method, targets=[known or [] for known in targets])
+        with method(self.model) as trace:
             output = self.model.generate(**inputs, **kwargs, pad_token_id=self.processor.tokenizer.pad_token_id)
             output = output[:, inputs["input_ids"].shape[1] :].tolist()
             visual = self._visual(prepared.inputs["input_ids"])
             averages = token_averages(trace, visual)
+            notes = notes_of(trace, prepared.inputs["input_ids"], targets, self.processor.tokenizer)
         tokens_in = prepared.inputs["attention_mask"].sum(1).tolist()
         seconds = (seconds + time.perf_counter() - start) / len(batch)
         ends = self.model.generation_config.eos_token_id
@@ -293,7 +300,8 @@ class Asker:
             row = output[i]
             length = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
             text = clean(self.processor.decode(row[:length]), until)
-            answers.append(Answer(task, doc_id, context, text, tokens_in[i], length, visual[i], *averages[i], seconds))
+            counts = (tokens_in[i], length, visual[i], *averages[i])
+            answers.append(Answer(task, doc_id, context, text, *counts, seconds, notes[i]))
         return answers
 
     def _visual(self, ids: torch.Tensor) -> list[int]:

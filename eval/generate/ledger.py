@@ -7,7 +7,7 @@ is removed when the ledger is opened again. Each of a run's processes writes its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from eval.jsonl import JsonLines, read_rows
@@ -29,6 +29,7 @@ class Answer:
         entering, leaving: mean visual tokens per layer of the language model, before and after each layer's pruning.
         seconds: wall time of its batch (pictures, prompt and generation) divided by the batch's size. Pictures and
             prompts that were prepared once for several runs count in each.
+        notes: about the pruning, of questions whose place in the picture is known; see notes.py.
     """
 
     task: str
@@ -41,6 +42,7 @@ class Answer:
     entering: float
     leaving: float
     seconds: float
+    notes: dict = field(default_factory=dict)
 
     @property
     def key(self) -> Key:

@@ -17,6 +17,7 @@ import yaml
 
 from eval.runs.stats import bootstrap_ci
 from eval.runs.writer import SCHEMA
+from eval.tasks import controls  # noqa: F401  - registers them
 from eval.tasks.minivqa.utils import LANGUAGE_CONTROL, VISUAL
 from sparsevlm.methods import method_class
 
@@ -103,8 +104,10 @@ def label(method: str, options: dict) -> str:
     try:
         kind = method_class(method)
         defaults, kept = {f.name: f.default for f in fields(kind)}, ["tokens kept: all"] * kind.keeps_tokens
+        defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
     except ValueError:  # a method of another version of this project
         defaults, kept = {}, []
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     changed = [f"{k}={plain(v)}" for k, v in options.items() if k not in defaults or v != defaults[k]] + kept
     return f"{method} ({', '.join(changed)})" if changed else method
 

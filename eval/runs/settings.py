@@ -14,7 +14,12 @@ import sparsevlm
 from eval.errors import ON_ERROR, UserError, one_line, unknown
 from eval.processes import resolve_device
 from eval.runs.digests import asked, forget
-from eval.tasks import TASKS, TaskSettings, task_settings
+from eval.tasks import (
+    TASKS,
+    TaskSettings,
+    controls,  # noqa: F401  - registers them
+    task_settings,
+)
 from sparsevlm.budget import check_budget
 from sparsevlm.methods.base import Method, checked
 from sparsevlm.models.checkpoint import find_checkpoint, read_config

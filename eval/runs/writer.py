@@ -50,7 +50,7 @@ from eval.errors import UserError, one_line
 from eval.generate.ledger import Answer, Failure, ledger_files
 from eval.runs import environment
 from eval.runs.digests import asked
-from eval.runs.settings import RunSettings
+from eval.runs.settings import RunSettings, fingerprint
 from eval.runs.stats import bootstrap_ci
 
 SCHEMA = 1
@@ -229,6 +229,7 @@ def files(
         "config_hash": run.config_hash(),
         "answers_hash": run.answers_hash(),
         "asked": asked(run),
+        "weights": fingerprint(run.checkpoint),
         "n": len(samples),
         "excluded": len(excluded),
         "metrics": found,
@@ -271,6 +272,8 @@ def cost(run: RunSettings, answers: Sequence[Answer]) -> dict:
     from sparsevlm.cost.flops import count, first_token_gmacs, prefill_gmacs
 
     text = statistics.median_low(a.input_tokens - a.visual for a in answers)
+    if not any(a.visual for a in answers):
+        return {"text_tokens": text, "note": "questions without pictures"}
     parts = {
         "prefill_gmacs": prefill_gmacs,
         **{f"{name}_gmacs": itemgetter(name) for name in ("method", "vision", "projector")},
@@ -320,7 +323,7 @@ def _sample_line(sample: Mapping, answer: Answer, metrics: Mapping) -> dict:
         "scores": {m: sample[m] for m in metrics if isinstance(sample.get(m), Number)},
     }
     rest = ("input_tokens", "output_tokens", "visual", "entering", "leaving", "seconds")
-    return {**line, **{k: getattr(answer, k) for k in rest}}
+    return {**line, **{k: getattr(answer, k) for k in rest}, **answer.notes}
 
 
 def _line(content: Mapping) -> str:

@@ -1,4 +1,4 @@
-"""Controls that only make sense where the answer's place is known: they bound what any method can reach."""
+"""Controls of the separation study, registered as methods: what is reached with the answer's place, or without text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsevlm.methods import register
 from sparsevlm.methods.random import Random
 from sparsevlm.methods.sparsevlm import SparseVLM, attention_of_all, paid_by_visual
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
 
 
+@register
 @dataclass(frozen=True)
 class Oracle(Random):
     """Keeps the tokens that show what the question is about, filled up with random ones, at the model's input.
 
     Attributes:
-        targets: per sample of the coming batch, the indices of those visual tokens.
+        targets: per sample of the coming batch, the indices of those visual tokens; an evaluation sets them.
     """
 
     targets: Sequence[Sequence[int]] = field(default=(), repr=False)
@@ -36,6 +38,7 @@ class Oracle(Random):
         return scores
 
 
+@register
 @dataclass(frozen=True)
 class Saliency(SparseVLM):
     """SparseVLM rated by the picture instead of the text: the attention that visual tokens pay to one another.

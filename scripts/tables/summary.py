@@ -164,7 +164,7 @@ def _row(run: Run, unpruned: Run | None, metric: str, scale: float, latency: Run
         "value": scale * value,
         "low": scale * low,
         "high": scale * high,
-        "prefill_gmacs": m["cost"].get("prefill_gmacs"),
+        "prefill_gmacs": np.nan if (gmacs := m["cost"].get("prefill_gmacs")) is None else gmacs,
         "run": run.folder.name,
         "not_judged": metric in run.not_scored,
     }

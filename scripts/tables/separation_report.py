@@ -1,12 +1,11 @@
-"""The separation report: Markdown and CSV from the files that `eval.separation` leaves.
+"""The separation report, Markdown and CSV, from the runs of `experiment=separation`.
 
-Alone: `python -m eval.separation_report results/separation`.
+`results/reference/separation` holds what an earlier version left, one JSON file per setting; they are read, too.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from eval.markdown import markdown_table
+from eval.runs.reader import Run, read_runs
+from eval.runs.reader import label as label_of
 from eval.runs.stats import bootstrap_ci, paired_difference
 from eval.tasks.minivqa.utils import LANGUAGE_CONTROL
 
@@ -34,6 +35,7 @@ class Setting:
         return self.method + (f" ({extra})" if extra else "")
 
 
+TASK, BLIND = "minivqa", "minivqa_blind"
 MATCHED = Setting("random_layer", options={"match": "sparsevlm"})
 #: (this, minus that, what the difference says), at equal budgets.
 CONTRASTS = (
@@ -70,7 +72,7 @@ CONTRASTS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """One file. All numbers are of the questions that need the picture; the language control is asked by its type."""
+    """One run. All numbers are of the questions that need the picture; the language control is asked by its type."""
 
     label: str
     budget: int | None
@@ -98,29 +100,57 @@ class Outcome:
 
 
 def read(folder: Path) -> list[Outcome]:
-    """All files of a folder; they must be of one model and one set of questions.
+    """Read all runs of a folder; they must be of one model and one set of questions.
 
     Raises:
-        ValueError: no files, or files that do not belong together; the message names one.
+        ValueError: no runs, or runs that do not belong together; the message names one.
+        eval.runs.reader.BadRun: a run folder that cannot be used.
     """
+    if (folder / "runs").is_dir():
+        runs = [run for run in read_runs(folder) if run.task in (TASK, BLIND)]
+        found = [(run.folder, _content(run)) for run in runs]
+    else:
+        found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
     outcomes, identity = [], None
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
+    for path, content in found:
         this = {key: content.get(key) for key in ("model", "weights", "task", "seed", "questions")}
         if identity not in (None, this):
-            raise ValueError(f"{path} is of {this}, other files of {folder} are of {identity}: keep them apart")
+            raise ValueError(f"{path} is of {this}, others of {folder} are of {identity}. Keep them apart")
         identity = this
         if "refused" not in content and len(content["results"]) != content["questions"]:
-            raise ValueError(f"{path} holds {len(content['results'])} of {content['questions']} questions: remove it")
+            raise ValueError(f"{path} holds {len(content['results'])} of {content['questions']} questions. Remove it")
         setting = Setting(**content["setting"])
         outcomes.append(Outcome(setting.label, setting.budget, content))
     if not outcomes:
-        raise ValueError(f"no results in {folder}; python -m eval.separation --out {folder} makes them")
+        raise ValueError(
+            f"no results in {folder}. Make them with python -m eval.run experiment=separation results_dir={folder}"
+        )
     return outcomes
 
 
+def _content(run: Run) -> dict:
+    """Return a run in the form of the files: identity, setting, and the results of the questions."""
+    m = run.metrics
+    name = label_of(m["method"], m["options"])
+    setting = {"method": "blind"} if run.task == BLIND else {"method": name}
+    if m["method"] != "none":
+        setting["budget"] = m["budget"]
+    results = [
+        {
+            "id": sample["doc_id"],
+            "type": sample["question_type"],
+            "right": bool(sample["scores"]["accuracy"]),
+            **({"kept": sample["target_kept"]} if "target_kept" in sample else {}),
+            **({"raters": sample["raters"]} if "raters" in sample else {}),
+        }
+        for sample in run.samples
+    ]
+    about = {"model": run.model, "weights": m.get("weights"), "task": TASK, "seed": m["seed"], "questions": m["n"]}
+    return about | {"setting": setting, "results": results}
+
+
 def write(folder: Path) -> list[Path]:
-    """Writes `separation.md` and `separation.csv` into a folder of results; returns their paths."""
+    """Write `separation.md` and `separation.csv` into a folder of results; return their paths."""
     outcomes = read(folder)
     by_key = {(o.label, o.budget): o for o in outcomes if o.results}
     budgets = sorted({o.budget for o in outcomes if o.budget}, reverse=True)
@@ -135,7 +165,7 @@ def write(folder: Path) -> list[Path]:
         f"float32, greedy; weights {head['weights']}. {control_text(by_key.values())}"
         "In brackets 95 % intervals (bootstrap over questions), behind "
         "the bar the share of the answer's tokens that the first stage keeps (where tokens are patches). The budget "
-        "is the mean number of visual tokens per layer. `python -m eval.separation` makes this table.",
+        "is the mean number of visual tokens per layer. `python scripts/make_separation.py` makes this table.",
         _overall(by_key, labels, budgets),
         "## Differences, in points, paired over questions",
         _contrasts(by_key, budgets),
@@ -252,8 +282,3 @@ def rater_words(by_key, budgets) -> str:
 def _refusals(outcomes) -> str:
     lines = [f"- {o.label} at {o.budget}: {o.content['refused']}" for o in outcomes if "refused" in o.content]
     return "## Refused\n\n" + "\n".join(lines) if lines else ""
-
-
-if __name__ == "__main__":
-    for path in write(Path(sys.argv[1])):
-        print(path)

@@ -1,20 +1,11 @@
-"""Does what the separation report says of one training of the model hold for others? Their reports in one table.
-
-    python -m sparsevlm.mini.training --seed 1 --minutes 40 --out outputs/seed1        # and so on
-    python -m eval.separation --model outputs/seed1/model --methods random,saliency,sparsevlm \\
-        --questions 270 --out results/separation_seeds/seed1
-    python -m eval.separation_seeds shipped=results/separation seed1=results/separation_seeds/seed1 \\
-        --out results/separation_seeds
-"""
+"""Does what the separation report says of one training of the model hold for others? Their reports in one table."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 from eval.markdown import markdown_table
-from eval.separation_report import Outcome, Setting, cell, control_text, difference, rater_words, read
+from scripts.tables.separation_report import Outcome, Setting, cell, control_text, difference, rater_words, read
 
 PAPER, ALL = Setting("sparsevlm"), Setting("sparsevlm", options={"raters": "all"})
 CENTRED, PICTURE, CHANCE = Setting("sparsevlm", options={"raters": "centred"}), Setting("saliency"), Setting("random")
@@ -27,7 +18,7 @@ def read_all(folders: list[tuple[str, Path]]) -> dict[str, Outcomes]:
     """What was measured of each training, by its name.
 
     Args:
-        folders: names, and what `eval.separation` left of them.
+        folders: names, and folders with the runs of each.
 
     Raises:
         ValueError: two reports are of the same weights, or of different questions.
@@ -63,7 +54,7 @@ def report(trainings: dict[str, Outcomes]) -> str:
         f"float32, greedy. {control_text(o for outcomes in trainings.values() for o in outcomes.values())}"
         "In brackets 95 % intervals (bootstrap over questions; differences, in points, are paired), "
         "behind the bar the share of the answer's tokens that the first stage keeps. "
-        "`python -m eval.separation_seeds` makes this file.",
+        "`python scripts/make_separation.py` makes this file.",
         _trainings(trainings),
         *(part for b in budgets for part in (f"## {b} tokens", _accuracy(trainings, b), _differences(trainings, b))),
         "## Which words rate, in SparseVLM by the paper's rule",
@@ -109,28 +100,14 @@ def _differences(trainings, budget: int) -> str:
     return markdown_table(["training", *pairs], lines)
 
 
-def _named(argument: str) -> tuple[str, Path]:
-    name, _, folder = argument.rpartition("=")
-    return name or Path(folder).name, Path(folder)
+def write(folders: list[tuple[str, Path]], out: Path) -> Path:
+    """Write `seeds.md` into a folder, from names and folders of the trainings; return its path.
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m eval.separation_seeds", description=__doc__.split("\n")[0])
-    parser.add_argument("folders", nargs="+", help="what eval.separation left, per training: folder or name=folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new seeds.md")
-    options = parser.parse_args(arguments)
-    try:
-        text = report(read_all([_named(folder) for folder in options.folders]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "seeds.md"
+    Raises:
+        ValueError: see :func:`read_all`.
+    """
+    text = report(read_all(folders))
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "seeds.md"
     path.write_text(text)
-    print(path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return path

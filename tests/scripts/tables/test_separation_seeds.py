@@ -5,9 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
-from eval.separation import Setting
-from eval.separation_report import read
-from eval.separation_seeds import main
+from scripts.make_separation import main
+from scripts.tables.separation_report import Setting, read
 
 SETTINGS = (
     Setting("none"),
@@ -19,7 +18,7 @@ SETTINGS = (
 
 
 def _report(folder, weights: str, right: dict[str, list[bool]], **changed) -> None:
-    """A folder as `eval.separation` leaves it."""
+    """A folder as an earlier version left it: one JSON file per setting."""
     folder.mkdir(parents=True)
     for setting in SETTINGS:
         results = [
@@ -45,7 +44,7 @@ def _row(text: str, heading: str, table: int, training: str) -> list[str]:
 
 
 def test_each_training_is_a_line_and_differences_stay_within_it(folders, tmp_path):
-    assert main([f"one={folders[0]}", str(folders[1]), "--out", str(tmp_path / "out")]) == 0
+    main([f"one={folders[0]}", str(folders[1]), "--out", str(tmp_path / "out")])
     text = (tmp_path / "out" / "seeds.md").read_text()
     assert [v.split(" ")[0] for v in _row(text, "64 tokens", 0, "one")] == ["one", "0.0", "50.0", "not", "0.0", "not"]
     assert [v.split(" ")[0] for v in _row(text, "64 tokens", 1, "one")] == ["one", "+50.0", "+50.0", "not", "not"]
@@ -55,12 +54,14 @@ def test_each_training_is_a_line_and_differences_stay_within_it(folders, tmp_pat
     assert "| b | 2222222222222222 | 75.0 [" in text
 
 
-def test_trainings_that_cannot_be_compared_are_refused(folders, tmp_path, capsys):
+def test_trainings_that_cannot_be_compared_are_refused(folders, tmp_path):
     _report(tmp_path / "same", "1" * 16, {})
     _report(tmp_path / "others", "3" * 16, {}, seed=7)
     _report(tmp_path / "deep" / "a", "4" * 16, {})
     for other, message in (("same", "same weights"), ("others", "same questions"), ("deep/a", "different names")):
-        assert main([str(folders[0]), str(tmp_path / other), "--out", str(tmp_path / "out")]) == 2
-        assert message in capsys.readouterr().err
+        with pytest.raises(SystemExit, match=message):
+            main([str(folders[0]), str(tmp_path / other), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="Use --out"):
+        main([str(folder) for folder in folders])
     assert not (tmp_path / "out").exists()
     assert len(read(folders[0])) == len(SETTINGS)
