@@ -178,7 +178,7 @@ def balanced(
     relevance: Tensor,
     similarity: Tensor,
     count: int,
-    coverage: float,
+    coverage: float | Tensor,
     diversity: float,
     valid: Tensor | None = None,
 ) -> Tensor:
@@ -192,7 +192,7 @@ def balanced(
         relevance: [B, N], not negative.
         similarity: [B, N, N] cosines.
         count: tokens to choose.
-        coverage, diversity: weights of the second and third term.
+        coverage, diversity: weights of the second and third term; of the second also [B, 1].
         valid: [B, N] bool, which tokens there are; None = all. Others are not covered either.
 
     Returns:

@@ -63,6 +63,13 @@ def next_layer_stage(length: int) -> int:
     return D * D + length * D * KV + rows(1, length) + HEADS * length
 
 
+def text_stage(visual: int) -> int:
+    """Rows of the text in the next layer, their mean, and the visual tokens' similarities."""
+    length = TEXT + visual
+    own = TAIL * D * D + length * D * KV
+    return own + rows(TAIL, length) + HEADS * TAIL * length + visual * visual * D
+
+
 def fold_stage(length: int, visual: int) -> int:
     """FiCoCo-L: text's mean, indirect correlation through the text, and folding the discarded tokens."""
     return all_rows_stage(length) + TAIL * visual + visual * TAIL * visual + visual * visual * D
@@ -148,6 +155,8 @@ OWN = [
     # 6 kept; the 30 others are compared and merged into 6; distances of all rows by their 16 sines and cosines
     ("restore", 12, {}, CLS_ROW + 30 * 30 * D + 6 * 30 * D + (TEXT + 12) ** 2 * WIDTH),
     ("restore", 12, {"base": "divprune", "calibrate": False}, N * N * D + 30 * 30 * D + 6 * 30 * D),
+    # patches, 12 and 6 tokens are compared; the text rates those in layers 2 and 5
+    ("tops", None, {"tokens": 6}, CLS_ROW + N * N * D + text_stage(12) + text_stage(6)),
     # attention of two blocks; all patches join 22 by their projections; 22 tokens are rated in layer 3
     ("vscan", 12, {}, 2 * CLS_ROW + 2 * N * 22 * D + next_layer_stage(TEXT + 22)),
     ("yopo", None, {"cut": 3, "ffn": 0.5}, 0),

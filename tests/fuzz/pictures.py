@@ -47,7 +47,7 @@ def spent(case: Case, parts: tuple, total: int) -> list[int] | None:
         return room
     if case.method == "downsample":
         return [isqrt(budget // len(room)) ** 2] * len(room)
-    left = total if case.method in ("aim", "vscan") else budget
+    left = total if case.method in ("aim", "tops", "vscan") else budget
     counts = [0] * len(room)
     while left:  # round by round, earlier pictures first
         for i, n in enumerate(room):

@@ -52,6 +52,7 @@ OPTIONS = {
         "scale=13.5, bias=0.0"
     ),
     "tome": "proportional=True",
+    "tops": "tokens=None, layers=None, alpha=0.5, lam=None",
     "visionzip": "dominant=None, contextual=None",
     "vispruner": "ratio=0.5, step=8",
     "vscan": "keep=None, layer=None, match='leaving'",

@@ -72,6 +72,7 @@ METHODS = {
     "sparsevlm_rank": Row({"layers": (1, 3, 5), "lam": 0.9}, {"layers": (1, 3, 5), "lam": 0.0}),
     "tome": Row(refuses=NO_TOWER),
     "visionzip": Row(refuses=NO_TOWER),
+    "tops": Row(refuses=NO_TOWER),
     "vispruner": Row(refuses=NO_TOWER),
     "vscan": Row(refuses=NO_TOWER),
     "yopo": Row({"cut": 3}),
