@@ -68,7 +68,7 @@ class Continuing:
                 cached = cached_length(cache, i)
                 seen = whole(visible(seen, extended(segment.gate, cached, None, batch, n, hidden.device)), cache, i)
             self.step = SegmentMasks(self.hooks.family, seen, cache, rope, positions, segment.places, segment.bias)
-        if i == self.hooks.gated:
+        if i == self.hooks.gated and state.pictured is not None:
             gate_step(self.hooks, state, i, hidden, cache)
         return self.step
 

@@ -18,6 +18,10 @@ from tests.tiny import inputs, llava
 OPTIONS = {
     "aim": "merge_to=None, first=None, last=None, prune=True, steps=5, temperature=0.1, start='all'",
     "anchorprune": "clip=None, tokenizer=None, question=None, k_min=None, tau=0.2, patience=3, k_max=0.5",
+    "atp_llava": (
+        "layers=None, variant='normalised', modules=None, seed=0, shift=0.0, sampling=0.0625, spatial=True, "
+        "importance='both'"
+    ),
     "cdpruner": "clip=None, tokenizer=None, question=None",
     "dart": "k=None, keep=None, match='leaving', early_drop=True, visual_pivots=4, text_pivots=4",
     "divprune": "",

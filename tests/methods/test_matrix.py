@@ -36,16 +36,21 @@ class Row:
 
 
 NO_TOWER = {"text": "acts in the vision tower"}
+UNTRAINED = {"predictor": "untrained", "budget": "full"}
 METHODS = {
     "aim": Row({"budget": 7}, refuses=NO_TOWER),
     "aim, kept": Row({"budget": 7, "start": "kept"}, refuses=NO_TOWER),
     "anchorprune": Row(refuses=dict.fromkeys(NAMES, "text tower of the CLIP model") | NO_TOWER),
+    "atp_llava": Row({"modules": "untrained"}, {"modules": "untrained", "budget": "full"}),
+    "atp_llava, port": Row(
+        {"modules": "untrained", "variant": "port"}, {"modules": "untrained", "variant": "port", "shift": -1e9}
+    ),
     "cdpruner": Row(refuses=dict.fromkeys(NAMES, "text tower of the CLIP model") | NO_TOWER),
     "dart": Row(),
     "divprune": Row(),
     "downsample": Row({"side": 2}, refuses=NO_TOWER),
-    "dynamic_llava": Row({"predictor": "untrained", "budget": 12}),
-    "dynamic_llava, gate": Row({"predictor": "untrained", "budget": 12, "gate": True, "seed": 2}),
+    "dynamic_llava": Row({"predictor": "untrained", "budget": 12}, UNTRAINED),
+    "dynamic_llava, gate": Row({"predictor": "untrained", "budget": 12, "gate": True, "seed": 2}, UNTRAINED),
     "fastervlm": Row(refuses=NO_TOWER),
     "fastv": Row(),
     "ficoco_l": Row(),

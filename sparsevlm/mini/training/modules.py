@@ -16,14 +16,19 @@ import torch
 
 from sparsevlm.budget import scale_layers
 from sparsevlm.methods._modules import fingerprint, write_modules
+from sparsevlm.methods.atp_llava import ATPLLaVA
 from sparsevlm.mini import weights_dir
 from sparsevlm.mini.training.batches import BatchShape
 from sparsevlm.mini.training.plan import Phase, Settings
-from sparsevlm.mini.training.predictor import KeepPredictor
+from sparsevlm.mini.training.predictor import FrozenObjective, KeepPredictor
 from sparsevlm.mini.training.run import TrainingRun
+from sparsevlm.mini.training.thresholds import ThresholdTraining
 
 #: What each method trains, on what, and where in 32 layers its modules stand.
-PLANS = {"dynamic_llava": Phase("answer", BatchShape(grid=12, images=6, questions=12), 1.0, 1.0)}
+PLANS = {
+    "dynamic_llava": Phase("answer", BatchShape(grid=12, images=6, questions=12), 1.0, 1.0),
+    "atp_llava": Phase("answer", BatchShape(grid=24, images=2, questions=1), 1.0, 1.0),
+}
 METHODS = tuple(PLANS)
 
 
@@ -54,8 +59,12 @@ class ModuleRun(TrainingRun):
 
     settings: ModuleSettings
 
-    def _make_objective(self, phase: Phase) -> KeepPredictor:
+    def _make_objective(self, phase: Phase) -> FrozenObjective:
         settings, layers = self.settings, self.model.config.text_config.num_hidden_layers
+        if settings.method == "atp_llava":
+            method = ATPLLaVA()
+            target = settings.rate * self.model.config.image_seq_length
+            return ThresholdTraining(self.model, target, method.where(layers), method.sampling, settings.seed)
         return KeepPredictor(self.model, settings.rate, scale_layers(layers, (1,))[0] + 1, settings.seed)
 
     @property

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsevlm.core.policy import bounded_gradient, gumbel, rate_loss, straight_through
+from sparsevlm.core.policy import EPS, bounded_gradient, gumbel, rate_loss, straight_through
 from sparsevlm.methods._predictors import Predictors, Sizes
 from sparsevlm.mini.model import embed_patches
 from sparsevlm.mini.training.batches import ANSWER_WEIGHT, END_WEIGHT, PREFIX, QUESTION_TOKENS, averages
@@ -42,6 +42,7 @@ class FrozenObjective:
     """
 
     facts: dict[str, object]
+    eps = EPS  # of the policy's attention
 
     def __init__(self, model, modules: nn.Module, seed: int):
         model.requires_grad_(False)
@@ -61,23 +62,26 @@ class FrozenObjective:
         self.noise.manual_seed((self.seed << 32) + step)
         return min(1, (step + 1) / _WARM_UP) * max(0.02, 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def run(self, batch: dict[str, Tensor], decide: dict[int, Callable[[Tensor, Policy], Tensor]]) -> Tensor:
+    def run(
+        self, batch: dict[str, Tensor], decide: dict[int, Callable[[Tensor, Policy], Tensor]], delay: int = 0
+    ) -> Tensor:
         """Compute the logits [B, questions * 12, words] of the questions.
 
         Args:
             batch: of `SceneBatches`.
             decide: by layer, from the states [B, L, D] that enter it to the policy [B, visual tokens] from there on.
+            delay: layers after it before the policy applies.
         """
         model, language_model = self.model, self.model.model.language_model
         with torch.no_grad():
             features = embed_patches(model, batch["pixels"], batch["positions"])
             inputs = packed_inputs(model, batch, model.model.multi_modal_projector(features))
-        policy, shared = Policy(), inputs.shape[1] - batch["ids"].shape[1]
+        policy, shared = Policy(eps=self.eps), inputs.shape[1] - batch["ids"].shape[1]
 
         def hook(layer: int):
             def enter(module, args):
                 kept = decide[layer](args[0], policy)
-                policy.rows[layer] = torch.cat([kept.new_ones(len(kept), len(PREFIX)), kept], 1)
+                policy.rows[layer + delay] = torch.cat([kept.new_ones(len(kept), len(PREFIX)), kept], 1)
 
             return language_model.layers[layer].register_forward_pre_hook(enter)
 
