@@ -69,6 +69,7 @@ def _all(counts: Counts, model: str, length: int) -> Table:
         texts = [
             method, "explicit" if row["budget"] is None else budget, f"{row['entering']:.1f}", f"{row['leaving']:.1f}",
             f"{row['prefill_gmacs']:,.2f}", f"{2 * row['prefill_gmacs']:,.2f}", saved[0], f"{gmacs['method']:,.3f}",
+            f"{gmacs.get('guide', 0.0):,.3f}",
             f"{gmacs['vision']:,.2f}", f"{gmacs['projector']:,.3f}", f"{row['first_token_gmacs']:,.2f}", saved[1],
             f"{gmacs['decode']:,.3f}",
         ]  # fmt: skip
@@ -79,11 +80,12 @@ def _all(counts: Counts, model: str, length: int) -> Table:
         "hooks: linear layers, QK^T and PV of attention (n x n: no credit for causality), patch embedding, the output "
         "head on the last token, and the method's own products. Not counted: element-wise work, norms, softmax, rotary "
         "embedding, sorting, the singular values behind a rank. vision and projector are the model's own layers as "
-        "they run, method is what the method computes itself, wherever it does (tower, projector, language model). "
+        "they run, method is what the method computes itself, wherever it does (tower, projector, language model), guide a second "
+        "model that runs first. "
         "prefill is the language model with the method's work, of every method; first token is the prefill with tower "
         "and projector. early_drop=False is the plain form: every row of a pruning layer computed."
     )
-    columns = ["method", "budget", "entering", "leaving", "prefill GMAC", "GFLOP", "saved %", "of it method GMAC",
+    columns = ["method", "budget", "entering", "leaving", "prefill GMAC", "GFLOP", "saved %", "of it method GMAC", "of it guide GMAC",
                "vision GMAC", "projector GMAC", "first token GMAC", "of it saved %", "decode GMAC/token"]  # fmt: skip
     return Table(f"flops__{model}__t{length}", f"Multiply-adds: {model}", caption, columns, rows)
 

@@ -80,6 +80,7 @@ def _cells(row: dict, full: dict | None, run: Run) -> dict[str, str]:
         "overhead": _spread(row.get("overhead"), 3),
         "overhead, CPU time": NOTHING if run.config["device"] != "cpu" else _spread(row.get("overhead_cpu"), 3),
         "of it method ms": _spread(row.get("method_ms"), 2),
+        "of it guide ms": _spread(row["guide_ms"], 2) if row.get("guide_ms", {}).get("median") else NOTHING,
         "vision ms": _spread(row.get("vision_ms"), 1),
         "first token ms": _spread(row.get("first_token_ms"), 1),
         "decode ms/token": _spread(row.get("decode_ms"), 2),

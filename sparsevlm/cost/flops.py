@@ -9,13 +9,16 @@ in place. One rule for all methods says where it is booked:
   method computes a layer run, and are in it);
 - `method` is what the method computes itself, wherever that is: in the tower, at the projector, in the language model.
   Queries and keys that scoring computes in place of a layer are the layer's; those that are computed twice are the
-  method's once.
+  method's once;
+- `guide` is a second model that runs first (`sgl`): its layers on the prompt, its decode steps (as many as it may
+  generate, less one: where its answer ends is not known beforehand), and its own tower and projector, unless it shares
+  those of the model. 0 for all other methods.
 
-Two totals, in both of which `method` is: *prefill* = llm_prefill + method (`prefill_gmacs`), what comparisons use, so
-that a method is charged with its work wherever it does it; and *first token* = vision + projector + prefill
-(`first_token_gmacs`), everything from the pixels to the first token. Methods inside the language model: the prefill is
-what the paper's formula is compared with (on LLaVA-1.5-7B 2.135, 1.732 and 1.315 TMAC, with early drop 2.077, 1.665 and
-1.245, of 4.621). `decode` is one token after the prompt.
+Two totals, in both of which `method` and `guide` are: *prefill* = llm_prefill + method + guide (`prefill_gmacs`), what
+comparisons use, so that a method is charged with its work wherever it does it; and *first token* = vision + projector +
+prefill (`first_token_gmacs`), everything from the pixels to the first token. Methods inside the language model: the
+prefill is what the paper's formula is compared with (on LLaVA-1.5-7B 2.135, 1.732 and 1.315 TMAC, with early drop
+2.077, 1.665 and 1.245, of 4.621). `decode` is one token after the prompt.
 
 What is not counted: element-wise work, norms, softmax, rotary embedding, sorting, the singular values behind a rank. No
 credit is taken for causality: attention over n tokens counts n x n, in the scores and in their product with the values,
@@ -49,8 +52,9 @@ from sparsevlm.methods import build
 from sparsevlm.methods.base import Method
 from sparsevlm.methods.sparsevlm import SparseVLM
 from sparsevlm.methods.sparsevlm_rank import SparseVLMRank
+from sparsevlm.runtime.parts import GUIDE
 
-PARTS = ("llm_prefill", "vision", "projector", "method", "decode")
+PARTS = ("llm_prefill", "vision", "projector", "method", "guide", "decode")
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ def count(
 
     Returns:
         GMACs (1 MAC = 2 FLOPs) of `vision` (tower), `projector`, `llm_prefill` (decoder layers, and the head on the
-        last token), `method` (the pruning method's own work, wherever it does it) and `decode` (one token after the
-        prompt, head included). The first four share no work; `prefill_gmacs` and `first_token_gmacs` add them up.
+        last token), `method` (the pruning method's own work, wherever it does it), `guide` (a second model of the
+        method's) and `decode` (one token after the prompt, head included). The first five share no work;
+        `prefill_gmacs` and `first_token_gmacs` add them up.
 
     Raises:
         ValueError: unknown model, method or option; a method whose kept counts depend on the picture, without a rank.
@@ -123,16 +128,17 @@ def run(
 
 
 def split(by_module: dict[str, float], net: torch.nn.Module) -> dict[str, float]:
-    """`llm_prefill`, `vision`, `projector` and `method` of counts per submodule of a `Prefill`."""
+    """`llm_prefill`, `vision`, `projector`, `method` and `guide` of counts per submodule of a `Prefill`."""
     towers = sum(by_module[f"net.model.{name}"] for name in tower_names(net))
-    projector, own = by_module.get(f"net.model.{PROJECTOR}", 0.0), by_module[METHOD]
-    llm = by_module[""] - towers - projector - own
-    return {"llm_prefill": llm, "vision": towers, "projector": projector, "method": own}
+    projector = by_module.get(f"net.model.{PROJECTOR}", 0.0)
+    added = {"method": by_module[METHOD], "guide": by_module[GUIDE]}
+    llm = by_module[""] - towers - projector - sum(added.values())
+    return {"llm_prefill": llm, "vision": towers, "projector": projector, **added}
 
 
 def prefill_gmacs(gmacs: dict[str, float]) -> float:
-    """GMACs of the language model and the method's own work, from `count`: what the prefills of methods compare by."""
-    return gmacs["llm_prefill"] + gmacs["method"]
+    """GMACs of the language model, the method's own work and its guide, from `count`: what prefills compare by."""
+    return gmacs["llm_prefill"] + gmacs["method"] + gmacs.get("guide", 0.0)  # counts from before there were guides
 
 
 def first_token_gmacs(gmacs: dict[str, float]) -> float:

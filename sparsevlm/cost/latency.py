@@ -10,8 +10,8 @@ the same round, so that the marks of the parts do not slow the prefill that is r
 
 One rule for all methods says what is whose: `vision` is the tower and the projector as they run, `prefill` everything
 else from the pixels to the first logits, that is the language model and the method's own work wherever it does it, in
-the tower and at the projector, too (`runtime.parts` marks it). Speed-up, ratio and overhead compare prefills. A method
-that shortens the tower gains in `vision`; `first_token` is both together.
+the tower and at the projector, too (`runtime.parts` marks it), and its guide, if it has one. Speed-up, ratio and
+overhead compare prefills. A method that shortens the tower gains in `vision`; `first_token` is both together.
 
 Clock: CUDA events on a GPU (device time, read after a synchronisation), the wall clock on a CPU; beside it the CPU time
 of the process, as the operating system accounts for it.
@@ -30,6 +30,7 @@ from sparsevlm.cost import memory
 from sparsevlm.cost.harness import UNPRUNED, Facts, Harness, Sample
 from sparsevlm.cost.shapes import make_prompt
 from sparsevlm.runtime.families import locate
+from sparsevlm.runtime.parts import GUIDE
 from sparsevlm.settings import Setting
 
 
@@ -169,7 +170,8 @@ def summary(samples: Sequence[Sample], facts: Facts) -> dict:
         `end_to_end_ms`, `prefill_cpu_ms`; `prefill_ratio` (prefill / unpruned prefill of the same round) and
         `first_token_ratio` (the same of both), `floor_ms` and `overhead` (prefill / floor of the same round),
         `floor_cpu_ms` and `overhead_cpu` (the same in CPU time), None where there is nothing to compare with;
-        `method_ms`, and `parts_ms`, one such dict per part of it. The facts. And `rounds`: for each of the times, the
+        `method_ms`, `guide_ms` (a second model of the method's, which `method_ms` leaves out), and `parts_ms`, one such
+        dict per part of both. The facts. And `rounds`: for each of the times, the
         list of all rounds.
     """
     times = {
@@ -188,7 +190,8 @@ def summary(samples: Sequence[Sample], facts: Facts) -> dict:
         "first_token_ratio": None if None in whole else _ratio(rounds["first_token_ms"], whole),
         "overhead": _ratio(prefill, rounds.get("floor_ms")),
         "overhead_cpu": _ratio(rounds["prefill_cpu_ms"], rounds.get("floor_cpu_ms")),
-        "method_ms": _spread([sum(s.parts.values()) for s in samples]),
+        "method_ms": _spread([sum(s.parts.values()) - s.parts.get(GUIDE, 0.0) for s in samples]),
+        "guide_ms": _spread([s.parts.get(GUIDE, 0.0) for s in samples]),
         "parts_ms": {name: _spread([s.parts.get(name, 0.0) for s in samples]) for name in parts},
         **{k: v for k, v in asdict(facts).items() if k != "cuts"},
         "rounds": {name: values for name, values in rounds.items() if name != "unpruned_ms"},

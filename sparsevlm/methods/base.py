@@ -112,6 +112,16 @@ class Method:
     def announce(self, attached: Any, input_ids: Tensor) -> None:
         """Take note of the new tokens [B, L] of the prompts whose pictures are encoded next."""
 
+    def look_ahead(self, attached: Any, input_ids: Tensor | None, visual: Tensor | None, arguments: dict) -> None:
+        """Look at a call of the model, or of its generate(), before anything of it is computed.
+
+        Args:
+            attached: see `attach`.
+            input_ids: [B, L] its new tokens; -1 = an embedding; None = unknown.
+            visual: [B, L] bool, which of them are visual; None = none, or unknown.
+            arguments: of the call, by name.
+        """
+
     def forget(self, attached: Any) -> None:
         """Discard what was announced. Called when that call has failed."""
 

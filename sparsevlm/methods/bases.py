@@ -115,14 +115,16 @@ class PruneOnce(PlannedMethod):
 
     instead: ClassVar[str] = "keep"
     matches: ClassVar[tuple[str, ...]] = MATCHES
+    lowest_k: ClassVar[int] = 1  # 0 where tokens may go before any layer
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self.match, self.matches, "match")
         for option in ("k", "keep"):
             value = int_tuple(getattr(self, option), option)
-            if value is not None and (len(value) != 1 or value[0] < 1):
-                raise ValueError(f"{option} {getattr(self, option)!r} must be one whole number of at least 1")
+            least = self.lowest_k if option == "k" else 1
+            if value is not None and (len(value) != 1 or value[0] < least):
+                raise ValueError(f"{option} {getattr(self, option)!r} must be one whole number of at least {least}")
             self._set(option, value and value[0])
 
     def check(self, family: Family) -> None:
@@ -255,7 +257,7 @@ def _once(budget: int, n_visual: int, n_layers: int, k: int | None, match: str) 
     if k is None:
         untouched = start_earlier(scale_layers(n_layers, (_FIRST_LAYER,))[0] + 1 - counted, budget, n_visual, n_layers)
         k = max(untouched + counted, 1)
-    full = k - counted
+    full = max(k - counted, 0)
     rest = n_layers - full
     keep = int((budget * n_layers - full * n_visual) / rest + 0.5)
     if keep < 1:

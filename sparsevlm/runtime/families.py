@@ -61,6 +61,7 @@ class Family:
         decoder: the text model: `.layers`, `.rotary_emb`, `.config`.
         visual_ids: ids of the placeholder tokens of images and videos; empty for a plain text model.
         rotate_half: the family's, of its rotary embedding.
+        model: the model itself, with its output head if it has one.
         record: of a vision-language model; None for a plain text model.
     """
 
@@ -68,6 +69,7 @@ class Family:
     decoder: nn.Module
     visual_ids: tuple[int, ...]
     rotate_half: Callable
+    model: nn.Module
     record: Record | None = None
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ def locate(model: nn.Module) -> Family:
     rotate_half = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
     if rotate_half is None:
         raise ValueError(f"no rotary position embedding found for {text_kind!r}")
-    family = Family(outer, decoder, visual_ids, rotate_half, record)
+    family = Family(outer, decoder, visual_ids, rotate_half, model, record)
     if family.injections >= family.n_layers:
         raise ValueError(
             f"this {kind!r} model adds visual features after {family.injections} layers and has {family.n_layers}: "

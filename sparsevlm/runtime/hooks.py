@@ -54,6 +54,7 @@ class Hooks:
         gated: first layer to whose cache the method decides what is written; None = everything.
         calling: whether the outermost module is being called.
         visual, mask, prefill: of that call; nothing is left of it when it ends, also by an error.
+        asleep: whether the method itself calls the model (`ownership.asleep`).
         generating: whether `generate()` runs; prompt_length, prunable: of its prompt.
     """
 
@@ -75,7 +76,7 @@ class Hooks:
         self.described = repr(method)
         outer = getattr(self.family.outer, "_orig_mod", self.family.outer)
         self.parameters = list(inspect.signature(type(outer).forward).parameters)[1:]
-        self.generating, self.prunable, self.warned = False, False, False
+        self.generating, self.prunable, self.warned, self.asleep = False, False, False, False
         self.prompt_length: int | None = None
         self.own_positions = True  # position_ids of the call are the caller's own, not generate()'s
         self.own_generate = vars(model).get("generate")  # set on this object by the user
@@ -118,6 +119,8 @@ class Hooks:
     # ---- one call --------------------------------------------------------------------------------------------------
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The outermost module: find the visual tokens. Decode steps do nothing here, so nothing is waited for."""
+        if self.asleep:
+            return
         self.check_thread()
         if args:
             kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -140,9 +143,12 @@ class Hooks:
             axes.check_pictures(self.family, kwargs.get("input_ids"), kwargs)
             if not torch.compiler.is_compiling():
                 generation.refuse_from_above(self.family.outer)
+        if not self.generating:  # else generate() has shown its prompt
+            self.method.look_ahead(self.attached, ids, self.visual, kwargs)
 
     def _after_call(self, module: nn.Module, args: tuple, out) -> None:
-        self._forget()
+        if not self.asleep:
+            self._forget()
 
     def call_failed(self) -> None:
         """Leave nothing of a call for the next one."""
@@ -172,7 +178,12 @@ class Hooks:
             axes.check_pictures(self.family, ids, kwargs)
         ids = self._ids(ids, kwargs)
         if ids is not None:
-            self._announce(inputs.new_tokens(ids, kwargs), kwargs)
+            ids = inputs.new_tokens(ids, kwargs)
+            self._announce(ids, kwargs)
+        visual = None
+        if ids is not None and inputs.has_pixels(kwargs):
+            visual = inputs.visual_tokens(self.family, ids) if self.given is None else self.given.mask
+        self.method.look_ahead(self.attached, ids, visual, kwargs)
 
     def may_prune(self, kwargs: dict) -> bool:
         """Whether a call with these arguments may bring visual tokens."""
@@ -202,6 +213,8 @@ class Hooks:
         Raises:
             ValueError: the decoder or a layer was called directly, and where visual tokens are is not known.
         """
+        if self.asleep:
+            return None
         self.check_thread()
         if not self.calling:
             raise ValueError(_PASSED_BY.format(type(self.family.outer).__name__))
@@ -302,6 +315,8 @@ class Hooks:
 
     def _on_output(self, module: nn.Module, args: tuple, out):
         """Give the caller a sequence of the length it passed in."""
+        if self.asleep:
+            return None
         prefill, self.prefill, self.later.step = self.prefill, None, None
         if prefill is None:
             return None

@@ -10,6 +10,9 @@ from torch import nn
 
 from sparsevlm.runtime.families import RECORDS, Family
 
+#: Attributes that hold towers, and what these read.
+TOWERS = {"vision_tower": "image", "image_tower": "image", "video_tower": "video"}
+
 
 @dataclass(frozen=True)
 class Tower:

@@ -9,12 +9,13 @@ from transformers import CLIPVisionConfig, LlavaConfig
 import sparsevlm
 from sparsevlm.cost import counters, flops
 from sparsevlm.cost.shapes import make_prompt
-from tests.tiny import IMAGE, text_config
+from tests.tiny import IMAGE, llava, text_config
 
 N, TEXT, TAIL = 36, 14, 10  # visual tokens; text tokens; those of them after the picture
 L = N + TEXT
 D, HEADS, KV, WIDTH, MLP, LAYERS, VOCAB = 64, 4, 32, 16, 128, 6, 100  # language model; KV: width of all keys together
 V, V_WIDTH, V_MLP, V_LAYERS = 32, 16, 64, 4  # tower: width, width of a head, MLP, layers; the last but one is read
+SMALL = llava(layers=2)  # its tower has two layers
 OPTIONS = {"layers": (1, 3), "keep": (18, 7)}
 
 
@@ -127,6 +128,7 @@ OWN = [
     # keeps the rank; of 25 dropped int(.3 n) + 1 = 8 become one
     ("sparsevlm_rank", None, {"rank": 11, "rule": "video", "layers": (1,)},
      RATERS + rows(TAIL, L) + HEADS * TAIL * L + 8 * D),
+    ("sgl", None, {"k": 2, "keep": 9, "guide": "self"}, 0),  # what the guide does is counted apart
     ("pyramiddrop", None, {"layers": (1, 3), "ratios": (0.5, 0.25)}, next_layer_stage(L) + next_layer_stage(TEXT + 18)),
     ("dart", None, {"k": 2, "keep": 12}, L * D * KV + (4 + 4) * N * D),
     ("dynamic_llava", None, {"predictor": "untrained", "k": 2, "keep": 12}, image_predictor(N)),
@@ -184,6 +186,42 @@ def tower_macs(*tokens: tuple[int, int]) -> int:
     """Patches, then layers of so many tokens in attention and in the MLP."""
     layers = sum(n * 4 * V * V + 2 * n * n * V + 2 * m * V * V_MLP for n, m in tokens)
     return N * 7 * 7 * 3 * V + layers
+
+
+def guide_macs(layers: int, answer: int) -> int:
+    """A guide's layers on the whole prompt, the head for each new token, all of which but the last go through the
+    layers; and the rows from the last visual token on, whose attention is computed once more."""
+    prompt = layers * (layer_macs(L) + rows(1 + TAIL, L))
+    steps = (layers * (2 * D * D + 2 * D * KV + 3 * D * MLP + 3 * rows(1, L + i)) for i in range(1, answer))
+    return prompt + answer * D * VOCAB + sum(steps)
+
+
+OWN_TOWER = tower_macs(*[(1 + N, 1 + N)] * 2) + N * (V * D + D * D)
+GUIDES = [  # options, multiply-adds
+    ({"guide": "self", "answer_tokens": 0, "layers": 2}, guide_macs(2, 0)),
+    ({"guide": "self", "answer_tokens": 3}, guide_macs(6, 3)),
+    ({"guide": SMALL, "answer_tokens": 3}, guide_macs(2, 3) + OWN_TOWER),
+    ({"guide": SMALL, "answer_tokens": 0}, guide_macs(2, 0) + OWN_TOWER),
+    ({"guide": SMALL, "answer_tokens": 3, "shared": True}, guide_macs(2, 3)),
+]
+
+
+@pytest.mark.parametrize(("options", "macs"), GUIDES)
+def test_guide_recounted_by_hand_and_added_to_the_prefill(model, options, macs):
+    plan = {"k": 2, "keep": 9}
+    found, fastv = count(model, "sgl", None, plan | options), count(model, "fastv", None, plan)
+    assert found["guide"] * 1e9 == pytest.approx(macs, abs=1e-3)
+    assert found["method"] == 0 and fastv["guide"] == 0
+    for part in ("llm_prefill", "vision", "projector", "decode"):
+        assert found[part] == pytest.approx(fastv[part])
+    assert flops.prefill_gmacs(found) == pytest.approx(found["llm_prefill"] + found["guide"])
+    assert flops.first_token_gmacs(found) == pytest.approx(sum(found.values()) - found["decode"])
+    net = counters.meta_model(model)
+    prompt = make_prompt(net.config, TEXT, device="meta", dtype=net.dtype)
+    prefill = counters.Prefill(net, tuple(prompt.inputs))
+    with counters.countable(net), sparsevlm.build("sgl", **plan, **options)(net, prompt.visual_mask):
+        by_torch = flops.split(counters.torch_gmacs(prefill, tuple(prompt.inputs.values())), net)
+    assert by_torch == pytest.approx({part: found[part] for part in by_torch}, rel=1e-9)
 
 
 WHOLE, CALL = (1 + N, 1 + N), (1, 1)  # CALL: a layer's call of one token, in whose place the method computes the layer

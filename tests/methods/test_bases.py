@@ -41,6 +41,10 @@ OPTIONS = {
     "random_layer": "k=None, keep=None, match='leaving', early_drop=True, layers=None, seed=0",
     "restore": "base='holov', share=0.5, anchors='code', c=2.0, calibrate=True",
     "scope": "alpha=1.0, combine='multiply'",
+    "sgl": (
+        "k=None, keep=None, match='leaving', early_drop=True, guide=None, answer_tokens=16, layers=None, shared=None, "
+        "importance=None"
+    ),
     "sparsevlm": (
         "layers=None, keep=None, raters='paper', recycle=0.3, cluster=0.1, merge='mean', "
         "positions='renumber', recycled_at='end', always_drop=False, early_drop=True"

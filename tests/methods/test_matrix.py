@@ -17,7 +17,7 @@ import yaml
 import sparsevlm
 from sparsevlm.runtime.families import locate
 from tests.methods.adapters import NAMES, Adapter, adapter
-from tests.tiny import logits, same
+from tests.tiny import llava, logits, same
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Row:
 
 NO_TOWER = {"text": "acts in the vision tower"}
 UNTRAINED = {"predictor": "untrained", "budget": "full"}
+SMALL = llava(layers=2, seed=5)
 METHODS = {
     "aim": Row({"budget": 7}, refuses=NO_TOWER),
     "aim, kept": Row({"budget": 7, "start": "kept"}, refuses=NO_TOWER),
@@ -72,6 +73,12 @@ METHODS = {
     "restore": Row(refuses=NO_TOWER),
     "restore, plain": Row({"base": "divprune", "calibrate": False, "budget": 12}, refuses=NO_TOWER),
     "scope": Row(refuses=NO_TOWER),
+    "sgl": Row({"guide": "self", "layers": 2, "answer_tokens": 3, "budget": 12}, {"guide": "self", "budget": "full"}),
+    "sgl, guide": Row(
+        {"guide": SMALL, "answer_tokens": 3, "budget": 12},
+        {"guide": SMALL, "budget": "full"},
+        {"video_llava": "the guide has another vocabulary", "text": "which a guide with weights of its own"},
+    ),
     "sparsevlm": Row(),
     "sparsevlm_plus": Row({"budget": 12, "kernel_floor": 0.1}),
     "sparsevlm_rank": Row({"layers": (1, 3, 5), "lam": 0.9}, {"layers": (1, 3, 5), "lam": 0.0}),

@@ -11,7 +11,7 @@ from tests.methods.test_matrix import METHODS
 from tests.methods.test_state import build
 from tests.tiny import GENERATE, IMAGE, inputs, llava, logits, pad, prompt, same, text_config, video_llava
 
-NAMES = sorted(set(METHODS) - {"anchorprune", "cdpruner", "mmtok"})
+NAMES = sorted(set(METHODS) - {"anchorprune", "cdpruner", "mmtok", "sgl, guide"})  # these read ids
 TOWER = ["divprune", "fastervlm", "visionzip", "folder", "aim", "downsample"]
 
 

@@ -68,7 +68,8 @@ class Answering:
     of its layers: which frame it belongs to, when its object came, and where that moves.
 
     Args:
-        model: the embedded model, or the embedded video model.
+        model: the embedded model, a guide for it, or the embedded video model; parameters that require no gradient stay
+            as they are.
         precision: of the forward pass.
         types: the names of the question types of the batches.
         rates: highest learning rates.
@@ -98,12 +99,14 @@ class Answering:
         for parameter in self.helpers.parameters():
             nn.init.zeros_(parameter)
         others = [p for p in model.parameters() if id(p) not in known] + list(self.helpers.parameters())
+        matrices, others, tower = ([p for p in group if p.requires_grad] for group in (matrices, others, tower))
         self.parameters = matrices + others + tower
         self.optimizers = [
             torch.optim.Muon(matrices, lr=rates.matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=rates.others, betas=(0.9, 0.95), weight_decay=0.0),
-            torch.optim.AdamW(tower, lr=rates.tower, betas=(0.9, 0.98), weight_decay=0.0),
         ]
+        if tower:
+            self.optimizers.append(torch.optim.AdamW(tower, lr=rates.tower, betas=(0.9, 0.98), weight_decay=0.0))
 
     @torch.no_grad()
     def start(self) -> None:
@@ -188,7 +191,7 @@ class Answering:
                 shared=shared,
             )
             logits = model.lm_head(output.last_hidden_state[:, -ids.shape[1] :]).float()
-        layer = len(language_model.layers) // (2 if "times" in batch else 3)
+        layer = max(1, len(language_model.layers) // (2 if "times" in batch else 3))
         middle = output.hidden_states[layer][:, len(PREFIX) : shared]
         return logits, middle.float()
 
