@@ -22,7 +22,7 @@ PAPER_SETTINGS = {
 # Options of tasks with which the papers ask; another one keeps a run out of their tables.
 PAPER_TASKS = {"textvqa": {"ocr": True}, "mmbench": {"prompt": "llava"}}
 _DECODE_GMACS = (5.0, 9.0)  # of a 7B model, per token: 6.6 of its weights, the rest its attention to the prompt
-_EMBEDDED = ("mini", "mini-video")
+_EMBEDDED = ("mini", "mini-video", "mini-guide")
 
 
 @dataclass(frozen=True)

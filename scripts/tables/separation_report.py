@@ -38,7 +38,15 @@ class Setting:
 TASK, BLIND = "minivqa", "minivqa_blind"
 MATCHED = Setting("random_layer", options={"match": "sparsevlm"})
 #: (this, minus that, what the difference says), at equal budgets.
+SELF = {"guide": "self"}
 CONTRASTS = (
+    (Setting("sgl"), Setting("fastv"), "a small model's attention against the large one's own, at the same layers"),
+    (Setting("sgl", options=SELF), Setting("sgl"), "the model's own answer and all of its layers as guide (oracle)"),
+    (
+        Setting("sgl"),
+        Setting("sgl", options=SELF | {"layers": 2, "answer_tokens": 0}),
+        "a trained guide of two layers against the model's own first two",
+    ),
     (Setting("sparsevlm", options={"raters": "all"}), MATCHED, "guided selection against none, at the same cost"),
     (
         Setting("sparsevlm", options={"raters": "all"}),

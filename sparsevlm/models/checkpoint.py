@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sparsevlm.runtime.families import RECORDS, RUNNING_STATE
 
-EMBEDDED = ("mini", "mini-video")
+EMBEDDED = ("mini", "mini-video", "mini-guide")
 HUB_ALIASES = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
