@@ -82,7 +82,8 @@ def _all(counts: Counts, model: str, length: int) -> Table:
         "embedding, sorting, the singular values behind a rank. vision and projector are the model's own layers as "
         "they run, method is what the method computes itself, wherever it does (tower, projector, language model), "
         "guide a second model that runs first. prefill is the language model with the method's work, of every method; "
-        "first token is the prefill with tower and projector. early_drop=False is the plain form: every row of a pruning layer computed."
+        "first token is the prefill with tower and projector. early_drop=False is the plain form: "
+        "every row of a pruning layer computed."
     )
     columns = ["method", "budget", "entering", "leaving", "prefill GMAC", "GFLOP", "saved %", "of it method GMAC",
                "of it guide GMAC", "vision GMAC", "projector GMAC", "first token GMAC", "of it saved %",
