@@ -16,7 +16,7 @@ from tests.fuzz.reference import Contract, Conversation, Cut, Mismatch, Part, Un
 from tests.tiny import SUPPRESS
 
 RENUMBER = ("sparsevlm", "sparsevlm_rank", "pyramiddrop", "ficoco_l", *VISION)
-NEEDS_TEXT = ("dart?", "fastv", "ficoco_l", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "sparsevlm_rank")
+NEEDS_TEXT = ("dart?", "fastv", "ficoco_l", "pyramiddrop", "sgl", "sparsevlm", "sparsevlm_plus", "sparsevlm_rank")
 UNBUDGETED = ("downsample", "none", "sparsevlm_rank")
 
 

@@ -34,6 +34,10 @@ CHOICES = {
     "pyramiddrop": {"match": ["leaving", "entering"], "positions": ["renumber", "original"]},
     "random": {"seed": [0, 1, 7]},
     "random_layer": {"match": ["leaving", "entering"], "early_drop": [True, False], "seed": [0, 1, 7]},
+    "sgl": {
+        "guide": ["self"], "layers": [None, 1, 2], "answer_tokens": [0, 1, 3], "match": ["leaving", "entering"],
+        "early_drop": [True, False],
+    },
     "tome": {"proportional": [True, False]},
     "vispruner": {"ratio": [0.0, 0.5, 1.0], "step": [1, 8]},
 }  # fmt: skip
@@ -125,7 +129,7 @@ def sparsevlm_knobs(draw, name: str, shape: Shape, fewest: int, own: bool) -> di
 def own_knobs(draw, name: str, shape: Shape, most: int) -> dict:
     """What a method takes instead of a budget."""
     layer, o = st.integers(0, shape.layers - 2), {}
-    if name in ("fastv", "random_layer", "dart"):
+    if name in ("fastv", "random_layer", "dart", "sgl"):
         o = {"keep": draw(st.integers(1, most)), "k": draw(layer) + 1}
     elif name == "pyramiddrop":
         o["layers"] = sorted(draw(st.sets(st.integers(-1, shape.layers - 2), min_size=1, max_size=3)))
