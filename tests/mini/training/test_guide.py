@@ -1,5 +1,6 @@
 """Training a guide: what it begins with, what it shares with `mini`, and that a stopped run goes on."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,7 +87,8 @@ def test_command(tmp_path, capsys, monkeypatch):
 
 def test_shipped_guide_is_minis_default_and_shares_its_tower():
     model, processor = sparsevlm.load("mini")
-    inputs = processor(text="what digit is red ?", images=torch.rand(3, 168, 168).numpy())
+    picture = np.random.RandomState(0).randint(0, 256, (168, 168, 3), dtype=np.uint8)
+    inputs = processor(text="what digit is red ?", images=picture)
     kept = []
     for options in ({}, {"guide": "mini-guide", "shared": True}, {"shared": False}):
         with torch.no_grad(), sparsevlm.build("sgl", budget=64, **options)(model) as trace:
