@@ -12,9 +12,9 @@ from transformers import CLIPVisionConfig, DynamicCache, LlavaConfig, LlavaForCo
 import sparsevlm
 from tests.tiny import GENERATE, IMAGE, PATCHES, inputs, llava, logits, pad, prompt, same, text_config, video_llava
 
-PROJECTED = ["divprune", "folder_simple"]  # they work on what the projector makes
-METHODS = ["downsample", "fastervlm", "ficoco_v", "folder", "tome", "visionzip", "vispruner", *PROJECTED]
-SELECTING = ["divprune", "fastervlm", "vispruner"]  # they hand on tokens as they are
+PROJECTED = ["divprune", "folder_simple", "holov", "restore"]  # they work on what the projector makes
+METHODS = ["downsample", "fastervlm", "ficoco_v", "folder", "scope", "tome", "visionzip", "vispruner", *PROJECTED]
+SELECTING = ["divprune", "fastervlm", "scope", "vispruner"]  # they hand on tokens as they are
 
 
 def deep(layers: int = 5, seed: int = 0) -> LlavaForConditionalGeneration:
