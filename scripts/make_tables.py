@@ -178,12 +178,29 @@ def caption(summary: Summary) -> str:
         f"model's value. {kept_apart(group, summary.metric)}{_control_caption(summary)}"
         "Budget, entering and leaving: mean visual tokens per layer of the language model, of "
         f"{group.runs[0].metrics['tokens']['visual']:g}; budget is what was asked for, leaving what it counts, "
-        f"entering what is computed. {_cost_caption(summary)}"
+        f"entering what is computed. {_protocol(summary)}{_cost_caption(summary)}"
     )
     if summary.latency is None:
         return f"{text} Prefill time: {NOT_RUN}."
     timed = conditions(summary.latency, note=", tower and projector not included")
     return f"{text} Prefill time: median and quartiles of {timed}, from {summary.latency.folder.name}."
+
+
+def _protocol(summary: Summary) -> str:
+    """How many visual tokens a picture has where that depends on it, and what a budget means there."""
+    model = summary.group.runs[0].config["model"]
+    if model.get("image_aspect_ratio") != "native":
+        return ""
+    low, high = model.get("min_pixels"), model.get("max_pixels")
+    pixels = "the checkpoint's limits of pixels" if low is None and high is None else f"{low} to {high} pixels"
+    if low is not None and low == high:
+        pixels = f"a fixed size of {low} pixels"
+    clamped = max(run.metrics["tokens"].get("clamped", 0) for run in summary.group.runs)
+    return (
+        f"The number of visual tokens depends on the picture ({pixels}; the mean over the questions stands above). A "
+        "budget below 1 is a share of each prompt's tokens"
+        + (f"; a number is clamped to what a prompt has, of up to {clamped} questions. " if clamped else ". ")
+    )
 
 
 def _control_caption(summary: Summary) -> str:

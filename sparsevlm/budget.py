@@ -117,8 +117,7 @@ def check_budget(budget: int | float | str | None, n_visual: int | None = None) 
         ) from None
     if value < 1 and value.is_integer():
         raise ValueError(
-            f"budget {int(value)} is below 1; it counts the mean visual tokens per layer. Use at least 1, a share "
-            "between 0 and 1, or 'full'"
+            f"budget {int(value)} is below 1; it counts the mean visual tokens per layer. Use at least 1, or 'full'"
         )
     if value == 1 and not isinstance(budget, int) and "." in str(budget):
         raise ValueError(f"budget {budget} may mean one token or all of them. Use 1, or 'full'")

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/benchmarks.md", "docs/costs.md", "results/README.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/benchmarks.md",
+    "docs/costs.md",
+    "docs/families.md",
+    "results/README.md",
+)
 DOCSTRINGS = (
     "eval/run.py", "eval/__main__.py", "eval/processes.py", "eval/fetch.py",
     *(f"eval/measure/{name}.py" for name in ("flops", "half_precision", "latency", "layers", "sweep_cost")),

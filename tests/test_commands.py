@@ -51,13 +51,16 @@ def parsing(monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    from tests import hub_layout
+    from tests import hub_families, hub_layout
 
     folder = tmp_path_factory.mktemp("checkpoints")
     image = hub_layout.save_llava_7b(folder / "image")
-    return {alias: image for alias in HUB_ALIASES if alias.startswith("llava")} | {
-        "video-llava-7b": hub_layout.save_video_llava(folder / "video")
-    }
+    made = {alias: image for alias in HUB_ALIASES if alias.startswith("llava-1.5")}
+    made["video-llava-7b"] = hub_layout.save_video_llava(folder / "video")
+    for alias in HUB_ALIASES.keys() - made.keys():
+        name = alias.rpartition("-")[0].replace("internvl3", "internvl").replace("-", "_").replace(".", "_")
+        made[alias] = hub_families.save(name, folder / name)
+    return made
 
 
 @pytest.fixture

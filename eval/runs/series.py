@@ -226,4 +226,5 @@ def _summary(folder: RunFolder) -> str:
     interval = found[main]["ci95"]
     spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
     averages = f"visual tokens per layer {tokens['entering']:.1f} entering, {tokens['leaving']:.1f} leaving"
+    averages += f" of {tokens['visual']:.1f} in a prompt" if metrics.get("positions") or "clamped" in tokens else ""
     return f"{main} {found[main]['value']:.3f}{spread}, {averages}"

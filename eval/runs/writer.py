@@ -267,7 +267,8 @@ def cost(run: RunSettings, answers: Sequence[Answer]) -> dict:
     """GMACs (1 MAC = 2 FLOPs) of one question with the median number of text tokens, at batch 1.
 
     `prefill_gmacs` are the language model's with the method's own (`method_gmacs`), wherever it does its work;
-    `first_token_gmacs` those with the tower's and the projector's. See `sparsevlm.cost.flops`.
+    `first_token_gmacs` those with the tower's and the projector's, null where these depend on the picture: there a
+    prompt has the median number of `visual_tokens`. See `sparsevlm.cost.flops`.
     """
     from sparsevlm.cost.flops import count, first_token_gmacs, prefill_gmacs
 
@@ -281,11 +282,15 @@ def cost(run: RunSettings, answers: Sequence[Answer]) -> dict:
         "decode_gmacs_per_token": itemgetter("decode"),
     }
     budget = None if run.budget == "explicit" else run.budget
+    dynamic = {}
+    if run.n_visual is None:  # the language model alone, on a prompt of median length
+        parts |= dict.fromkeys(("vision_gmacs", "projector_gmacs", "first_token_gmacs"), lambda counted: None)
+        dynamic = {"visual_tokens": max(1, int(statistics.median(a.visual for a in answers)))}
     try:
-        counted = count(str(run.checkpoint), run.method.name, budget, text, **run.options)
+        counted = count(str(run.checkpoint), run.method.name, budget, text, **dynamic, **run.options)
     except ValueError as error:  # kept counts that depend on the picture
         return {"text_tokens": text, **dict.fromkeys(parts), "note": one_line(error)}
-    return {"text_tokens": text, **{key: part(counted) for key, part in parts.items()}}
+    return {"text_tokens": text, **dynamic, **{key: part(counted) for key, part in parts.items()}}
 
 
 def _metrics(aggregated: Mapping) -> dict[str, float]:

@@ -27,8 +27,8 @@ class Summary:
         metric: which of their metrics.
         percent: whether the metric is a share, shown in %; else its own unit is.
         frame: one row per method and budget, also of settings that were not run (NaN everywhere). `method` is the name
-            with options that are not defaults, `budget` is an int, "full" or "explicit". `value`, `low`, `high` (95 %),
-            `difference` to the unpruned run with `difference_low` and `difference_high` (paired), the same as
+            with options that are not defaults, `budget` an int, a share, "full" or "explicit". `value`, `low`, `high`
+            (95 %), `difference` to the unpruned run with `difference_low` and `difference_high` (paired), the same as
             `control` to the run of random tokens that has as many tokens in every layer (MATCHED), `retained` in %,
             `entering`, `leaving`, `prefill_gmacs`, `prefill_ms` and `prefill_ratio` with `_q25` and `_q75`, `run`, and
             `not_judged`: True where the run lacks the metric because no language model judged.
@@ -192,9 +192,9 @@ _COLUMNS = [
 def _with_gaps(frame: pd.DataFrame) -> pd.DataFrame:
     """Sorted rows, with an empty one for each budget that some method was run at and this one was not."""
     frame = frame.reindex(columns=_COLUMNS)
-    budgets = sorted({b for b in frame["budget"] if isinstance(b, int)}, reverse=True)
+    budgets = sorted({b for b in frame["budget"] if isinstance(b, int | float)}, reverse=True)
     have = set(zip(frame["method"], frame["budget"], strict=True))
-    with_budget = {m for m, b in have if isinstance(b, int)}
+    with_budget = {m for m, b in have if isinstance(b, int | float)}
     gaps = [{"method": m, "budget": b} for m in with_budget for b in budgets if (m, b) not in have]
     if UNPRUNED not in set(frame["method"]):
         gaps.append({"method": UNPRUNED, "budget": "full"})
@@ -203,8 +203,8 @@ def _with_gaps(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[order].reset_index(drop=True)
 
 
-def place(method: str, budget: int | str) -> tuple:
+def place(method: str, budget: int | float | str) -> tuple:
     """Sort key of a row: unpruned, random, then the methods by label, each from many tokens to few."""
     name = method.split(" ")[0]
     first = _FIRST.index(name) if name in _FIRST else len(_FIRST)
-    return first, method, -budget if isinstance(budget, int) else -(10**9)
+    return first, method, -budget if isinstance(budget, int | float) else -(10**9)

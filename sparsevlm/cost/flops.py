@@ -76,19 +76,22 @@ class Count:
 def count(
     model: str = "llava-1.5-7b",
     method: str = "none",
-    budget: int | str | None = "full",
+    budget: int | float | str | None = "full",
     text_tokens: int = 118,
     rank: int | None = None,
+    visual_tokens: int | None = None,
     **method_options,
 ) -> dict[str, float]:
     """Count the multiply-adds of one image (or one video of 8 frames) and its prompt, at batch 1.
 
     Args:
-        model: "llava-1.5-7b", "llava-1.5-13b", "video-llava-7b", "mini", a folder that holds a config.json, or a text
-            model such as "llama-1024x16".
+        model: "llava-1.5-7b", "qwen2.5-vl-7b" or another name of `shapes.PUBLISHED`, "mini", a folder that holds a
+            config.json, or a text model such as "llama-1024x16". Where visual tokens depend on the picture the language
+            model is counted alone: `vision` and `projector` are 0 then.
         method: one of `sparsevlm.methods()`.
         budget: mean visual tokens per layer, or "full"; None where the method's own options say how many stay.
         text_tokens: all tokens that are not visual. 118 reproduces the paper's column (4.62 TMAC unpruned).
+        visual_tokens: where their number depends on the picture, or of a text model; default: 576.
         rank: of the attention at every pruning layer, for `sparsevlm_rank`, whose token counts follow from it.
         **method_options: passed on to the method.
 
@@ -102,17 +105,23 @@ def count(
         ValueError: unknown model, method or option; a method whose kept counts depend on the picture, without a rank.
         ImportError: fvcore is not installed.
     """
-    return run(model, method, budget, text_tokens, rank, **method_options).gmacs
+    return run(model, method, budget, text_tokens, rank, visual_tokens, **method_options).gmacs
 
 
 def run(
-    model: str, method: str, budget: int | str | None, text_tokens: int, rank: int | None = None, **method_options
+    model: str,
+    method: str,
+    budget: int | float | str | None,
+    text_tokens: int,
+    rank: int | None = None,
+    visual_tokens: int | None = None,
+    **method_options,
 ) -> Count:
     """As `count`, with the lengths that were counted."""
     pruner = _known_counts(build(method, budget=budget, **method_options), rank)
     config = load_config(model)
     net = meta_model(model)
-    prompt = make_prompt(config, text_tokens, device="meta", dtype=net.dtype)
+    prompt = make_prompt(config, text_tokens, device="meta", dtype=net.dtype, visual_tokens=visual_tokens)
     step = torch.empty(1, 1, dtype=torch.long, device="meta")
     prefill = Prefill(net, tuple(prompt.inputs))
     with countable(net), pruner(net, visual_mask=prompt.visual_mask) as trace:

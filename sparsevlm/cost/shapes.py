@@ -11,15 +11,18 @@ from transformers import (
     AutoConfig,
     CLIPVisionConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from sparsevlm.mini import weights_dir
+from sparsevlm.runtime.families import RECORDS
 
 VIDEO_FRAMES = 8  # Video-LLaVA's training and evaluation setting
 SYSTEM_TOKENS = 35  # tokens before the image in LLaVA-1.5's template with its system sentence
@@ -43,11 +46,32 @@ def _vicuna(hidden: int, intermediate: int, layers: int, heads: int) -> LlamaCon
     )  # fmt: skip
 
 
+def _qwen2(vocabulary: int) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=vocabulary, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=32768,
+    )  # fmt: skip
+
+
+def _qwen3(vocabulary: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=vocabulary, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=32768,
+    )  # fmt: skip
+
+
 # The published config.json files, restated so that counting needs neither a download nor weights.
 PUBLISHED = {
     "llava-1.5-7b": lambda: _llava(4096, 11008, 32, 32),
     "llava-1.5-13b": lambda: _llava(5120, 13824, 40, 40),
     "video-llava-7b": lambda: VideoLlavaConfig(text_config=_vicuna(4096, 11008, 32, 32)),
+    # the language models alone: what the tower computes depends on the picture
+    "llava-next-7b": lambda: _vicuna(4096, 11008, 32, 32),
+    "llava-onevision-7b": lambda: _qwen2(152000),
+    "internvl3-8b": lambda: _qwen2(151674),
+    "qwen2-vl-7b": lambda: _qwen2(152064),
+    "qwen2.5-vl-7b": lambda: _qwen2(152064),
+    "qwen3-vl-8b": lambda: _qwen3(151936),
 }
 
 
@@ -55,8 +79,11 @@ def load_config(model: str) -> PretrainedConfig:
     """Configuration of a model, without its weights and without a network.
 
     Args:
-        model: "llava-1.5-7b", "llava-1.5-13b", "video-llava-7b", "mini", a folder that holds a config.json, or a text
-            model "llama-<hidden>x<layers>" or "llama-<hidden>x<layers>x<heads>" (LLaMA's proportions; heads of 64).
+        model: a name of PUBLISHED, "mini", a folder that holds a config.json, or a text model "llama-<hidden>x<layers>"
+            or "llama-<hidden>x<layers>x<heads>" (LLaMA's proportions; heads of 64).
+
+    Returns:
+        Where visual tokens depend on the picture, the language model alone, as a text model of its shape.
 
     Raises:
         ValueError: none of these; the message lists the names.
@@ -74,9 +101,21 @@ def load_config(model: str) -> PretrainedConfig:
             raise ValueError(f"no shapes for model {model!r}: it is none of {known}, no folder with a config.json, "
                              f"and {error}") from None  # fmt: skip
     config = AutoConfig.from_pretrained(folder)
-    if config.model_type not in ("llava", "video_llava"):
-        raise ValueError(f"{folder}/config.json is a {config.model_type!r} model; known: llava, video_llava")
-    return config
+    record = RECORDS.get(config.model_type)
+    if record is None:
+        raise ValueError(f"{folder}/config.json is a {config.model_type!r} model; known: {', '.join(RECORDS)}")
+    return config if record.grid else _text_model(config.get_text_config())
+
+
+def _text_model(text: PretrainedConfig) -> PretrainedConfig:
+    """A text model by itself with the layers of a Qwen one, whose positions of several axes cost as much as one."""
+    made = {"qwen2_vl_text": Qwen2Config, "qwen2_5_vl_text": Qwen2Config, "qwen3_vl_text": Qwen3Config}
+    if text.model_type not in made:
+        return text
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+    head = {"head_dim": text.head_dim} if text.model_type == "qwen3_vl_text" else {}
+    return made[text.model_type](**{key: getattr(text, key) for key in keys}, **head)
 
 
 def _llama(name: str) -> LlamaConfig:
@@ -96,7 +135,7 @@ def _llama(name: str) -> LlamaConfig:
 def model_class(config: PretrainedConfig) -> type:
     """The class of transformers for a configuration of `load_config`."""
     classes = {"llava": LlavaForConditionalGeneration, "video_llava": VideoLlavaForConditionalGeneration}
-    return classes.get(config.model_type, LlamaForCausalLM)
+    return classes.get(config.model_type) or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 @dataclass

@@ -63,6 +63,21 @@ def test_pixels_make_another_run_and_a_number_is_clamped():
     assert few["config_hash"] != many["config_hash"]
 
 
+def test_the_table_says_shares_limits_and_both_counts(capsys):
+    from scripts.make_tables import make_tables
+
+    limits = ["model.max_pixels=7056", "model.min_pixels=7056"]
+    assert run("qwen2_vl", "method=none", *limits) == 0
+    assert run("qwen2_vl", "method=random", "budget=0.34", *limits) == 0
+    assert "3.0 entering, 3.0 leaving of 9.0 in a prompt" in capsys.readouterr().out
+    (table,) = [p.read_text() for p in make_tables(Path("results")) if p.stem.startswith("minivqa__qwen2_vl__n4")]
+    caption, *rows = table.splitlines()
+    assert "of 9; budget is what was asked for" in caption and "a fixed size of 7056 pixels" in caption
+    assert "A budget below 1 is a share of each prompt's tokens" in caption
+    (row,) = [row for row in rows if row.startswith("| random")]
+    assert [cell.strip() for cell in row.split("|")[2:5]] == ["0.34", "3.0", "3.0"]
+
+
 def test_right_answers_are_scored(monkeypatch):
     """A model that answers what the pictures show gets all points."""
     from eval.generate import generator

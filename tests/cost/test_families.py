@@ -1,0 +1,46 @@
+"""Language models with grouped queries, counted alone where visual tokens depend on the picture."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsevlm.cost import flops
+from sparsevlm.cost.shapes import load_config
+from tests import hub_families
+
+# width, MLP, layers, heads, key heads, head width, vocabulary: the published config.json files
+SHAPES = {
+    "qwen2-vl-7b": (3584, 18944, 28, 28, 4, 128, 152064),
+    "qwen2.5-vl-7b": (3584, 18944, 28, 28, 4, 128, 152064),
+    "qwen3-vl-8b": (4096, 12288, 36, 32, 8, 128, 151936),
+    "internvl3-8b": (3584, 18944, 28, 28, 4, 128, 151674),
+    "llava-onevision-7b": (3584, 18944, 28, 28, 4, 128, 152000),
+    "llava-next-7b": (4096, 11008, 32, 32, 32, 128, 32064),
+}
+
+
+def by_hand(lengths, width, mlp, layers, heads, key_heads, head, vocabulary) -> float:
+    """Projections, attention and MLP of each layer, and the head on the last token, in GMACs."""
+    assert len(lengths) == layers
+    total = width * vocabulary
+    for n in lengths:
+        total += 2 * n * width * heads * head + 2 * n * width * key_heads * head + 3 * n * width * mlp
+        total += 2 * n * n * heads * head
+    return total / 1e9
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_counted_by_hand(name):
+    n = SHAPES[name][2]
+    for method, budget, visual in (("none", "full", 1000), ("random", 0.25, 250)):
+        counted = flops.run(name, method, budget, 100, visual_tokens=1000)
+        assert counted.lengths == [visual + 100] * n and counted.entering == visual
+        assert counted.gmacs["llm_prefill"] == pytest.approx(by_hand(counted.lengths, *SHAPES[name]), rel=1e-9)
+        assert counted.gmacs["vision"] == counted.gmacs["projector"] == 0
+
+
+@pytest.mark.parametrize("name", hub_families._SPECS)
+def test_a_checkpoint_is_its_language_model(name, tmp_path):
+    config = load_config(str(hub_families.save(name, tmp_path / name)))
+    assert getattr(config, "vision_config", None) is None
+    assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (32, 5, 2)
