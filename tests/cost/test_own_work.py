@@ -129,6 +129,9 @@ OWN = [
     ("sparsevlm_rank", None, {"rank": 11, "rule": "video", "layers": (1,)},
      RATERS + rows(TAIL, L) + HEADS * TAIL * L + 8 * D),
     ("sgl", None, {"k": 2, "keep": 9, "guide": "self"}, 0),  # what the guide does is counted apart
+    # cosines of all tokens and of the words, what the words point at, its blur; rows of text, their mean, cosines of 18
+    ("signpost", None, {"keep": (18, 7), "layer": 2},
+     N * N * D + TAIL * N * D + TAIL * N + 2 * 6**3 + rows(TAIL, TEXT + 18) + HEADS * TAIL * (TEXT + 18) + 18 * 18 * D),
     ("pyramiddrop", None, {"layers": (1, 3), "ratios": (0.5, 0.25)}, next_layer_stage(L) + next_layer_stage(TEXT + 18)),
     ("dart", None, {"k": 2, "keep": 12}, L * D * KV + (4 + 4) * N * D),
     ("dynamic_llava", None, {"predictor": "untrained", "k": 2, "keep": 12}, image_predictor(N)),

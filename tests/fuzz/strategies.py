@@ -38,6 +38,7 @@ CHOICES = {
         "guide": ["self"], "layers": [None, 1, 2], "answer_tokens": [0, 1, 3], "match": ["leaving", "entering"],
         "early_drop": [True, False],
     },
+    "signpost": {"weights": ["information", "equal", "none"], "first": [1, 1.5, 2], "early_drop": [True, False]},
     "tome": {"proportional": [True, False]},
     "vispruner": {"ratio": [0.0, 0.5, 1.0], "step": [1, 8]},
 }  # fmt: skip

@@ -79,6 +79,7 @@ METHODS = {
         {"guide": SMALL, "budget": "full"},
         {"video_llava": "the guide has another vocabulary", "text": "which a guide with weights of its own"},
     ),
+    "signpost": Row(),
     "sparsevlm": Row(),
     "sparsevlm_plus": Row({"budget": 12, "kernel_floor": 0.1}),
     "sparsevlm_rank": Row({"layers": (1, 3, 5), "lam": 0.9}, {"layers": (1, 3, 5), "lam": 0.0}),
