@@ -44,6 +44,7 @@ OPTIONS = {
     "sgl": (
         "k=None, keep=None, match='leaving', early_drop=True, guide=None, answer_tokens=16, layers=None, shared=None, "
         "importance=None"
+    ),
     "signpost": (
         "keep=None, first=1.5, layer=None, weights='information', temperature=0.05, named=0.5, near=1.0, radius=0.125, "
         "coverage=1.0, diversity=0.5, early_drop=True"
