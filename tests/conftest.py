@@ -12,7 +12,7 @@ import torch  # noqa: E402
 
 from tests import hub_layout  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the models are tiny, and `-n auto` starts a worker per core
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 import sparsevlm
 from sparsevlm.cost import harness
-from sparsevlm.cost.clocks import WallClock, cpu_ms
+from sparsevlm.cost.clocks import Mark, WallClock, cpu_ms
 from sparsevlm.cost.harness import Harness
 from sparsevlm.cost.latency import measure
 from sparsevlm.cost.shapes import make_prompt
@@ -25,8 +25,35 @@ def model():
     return tiny.llava(dtype=torch.float32)
 
 
-def slept(original):
-    return lambda *args, **kwargs: (time.sleep(SLOW), original(*args, **kwargs))[1]
+class StandingClock(WallClock):
+    """A clock that only `spend` moves, and by a microsecond each look at it: no time is nothing to divide by."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def mark(self) -> Mark:
+        self.now += 1e-6
+        return Mark(self.now, self.now)
+
+    def spend(self, *_) -> None:
+        self.now += SLOW
+
+    def spent(self, original):
+        """The same function, which takes SLOW seconds."""
+        return lambda *args, **kwargs: (self.spend(), original(*args, **kwargs))[1]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The harness's clock."""
+    clock = StandingClock()
+    monkeypatch.setattr(harness, "clock_for", lambda device: clock)
+    return clock
+
+
+def ticks(times: int):
+    """So many times SLOW, in seconds, and the looks at the clock."""
+    return pytest.approx(times * SLOW, abs=1e-3)
 
 
 def test_rows_say_what_was_measured(model):
@@ -96,54 +123,60 @@ def test_pruned_and_floor_take_turns_in_being_first(model, monkeypatch):
     assert cuts == [{2: 14 + 9, 5: 14 + 3}] * 2
 
 
-def test_a_slow_part_shows_where_it_is_and_nowhere_else(model, monkeypatch):
+def test_a_slow_part_shows_where_it_is_and_nowhere_else(model, monkeypatch, clock):
     def seconds(method: str) -> dict:
-        rows = measure(model, [("none", "full", {}), (method, 12, {})], 14, repeats=3, warmup=0, decode_tokens=2)
+        rows = measure(model, [("none", "full", {}), (method, 12, {})], 14, repeats=1, warmup=0, decode_tokens=2)
         row = rows[1]
         times = {part: row[f"{part}_ms"]["median"] / 1000 for part in ("prefill", "vision", "decode", "floor")}
         return times | {name: part["median"] / 1000 for name, part in row["parts_ms"].items()}
 
-    assert max(seconds("sparsevlm").values()) < SLOW
+    assert max(seconds("sparsevlm").values()) == ticks(0)
     slow = {"scores": "score", "recycling": "merge_tokens", "raters": "begin"}
     for name, member in slow.items():
         with monkeypatch.context() as patch:
-            patch.setattr(SparseVLM, member, slept(getattr(SparseVLM, member)))
+            patch.setattr(SparseVLM, member, clock.spent(getattr(SparseVLM, member)))
             found = seconds("sparsevlm")
         times = 1 if name == "raters" else 3  # three pruning layers
-        assert found.pop(name) >= times * SLOW and found.pop("prefill") >= times * SLOW, name
-        assert max(found.values()) < SLOW, name
+        assert found.pop(name) == ticks(times) and found.pop("prefill") == ticks(times), name
+        assert max(found.values()) == ticks(0), name
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
         inner = next(m for m in part.modules() if not list(m.children()))
-        hook = inner.register_forward_pre_hook(lambda *_: time.sleep(SLOW))
+        hook = inner.register_forward_pre_hook(clock.spend)
         found = seconds("random")
         hook.remove()
-        assert found.pop("vision") >= SLOW and max(found.values()) < SLOW
+        assert found.pop("vision") == ticks(1) and max(found.values()) == ticks(0)
 
 
 @pytest.mark.parametrize(
     ("method", "where"),
     [("divprune", "reduce"), ("vispruner", "reduce"), ("tome", "block"), ("folder", "encode"), ("aim", "_group")],
 )
-def test_what_a_vision_method_computes_is_in_its_prefill_and_its_own_part(model, monkeypatch, method, where):
+def test_what_a_vision_method_computes_is_in_its_prefill_and_its_own_part(model, monkeypatch, clock, method, where):
     """Wherever it does it: in the tower (tome), before the projector (folder, vispruner, aim), after it (divprune)."""
-    kind = type(sparsevlm.build(method, budget=8))
-    monkeypatch.setattr(kind, where, slept(getattr(kind, where)))
+    kind, calls = type(sparsevlm.build(method, budget=8)), []
+    original = clock.spent(getattr(kind, where))
+    monkeypatch.setattr(kind, where, lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1])
+    x = make_prompt(model.config, 14, dtype=model.dtype)
+    with sparsevlm.build(method, budget=8)(model), torch.no_grad():
+        model(**x.inputs)
+    times = len(calls)
     row = measure(model, [("none", "full", {}), (method, 8, {})], 14, repeats=1, warmup=1, decode_tokens=1)[1]
     for name in ("prefill_ms", "method_ms", "first_token_ms"):
-        assert row[name]["median"] >= 1000 * SLOW, name
-    assert row["parts_ms"]["pictures"]["median"] >= 1000 * SLOW
-    assert max(row[name]["median"] for name in ("vision_ms", "decode_ms", "floor_ms")) < 1000 * SLOW
+        assert row[name]["median"] / 1000 == ticks(times) != 0, name
+    assert row["parts_ms"]["pictures"]["median"] / 1000 == ticks(times)
+    assert max(row[name]["median"] for name in ("vision_ms", "decode_ms", "floor_ms")) / 1000 == ticks(0)
 
 
 @pytest.mark.parametrize("method", ["tome", "ficoco_v", "downsample"])
-def test_what_the_tower_computes_for_a_vision_method_is_the_towers(model, method):
+def test_what_the_tower_computes_for_a_vision_method_is_the_towers(model, clock, method):
     """Also where the method has the tower's modules compute its tokens."""
     layer = model.model.vision_tower.encoder.layers[0]
-    hook = layer.mlp.register_forward_pre_hook(lambda *_: time.sleep(5 * SLOW))
-    row = measure(model, [("none", "full", {}), (method, 8, {})], 14, repeats=3, warmup=1, decode_tokens=1)[1]
+    hook = layer.mlp.register_forward_pre_hook(clock.spend)
+    row = measure(model, [("none", "full", {}), (method, 8, {})], 14, repeats=1, warmup=0, decode_tokens=1)[1]
     hook.remove()
-    assert row["vision_ms"]["median"] >= 5000 * SLOW
-    assert max(row[name]["median"] for name in ("prefill_ms", "method_ms", "decode_ms")) < 5000 * SLOW
+    times = 1 if method == "downsample" else 2  # the others compute the block, and then call it with one token
+    assert row["vision_ms"]["median"] / 1000 == ticks(times)
+    assert max(row[name]["median"] for name in ("prefill_ms", "method_ms", "decode_ms")) / 1000 == ticks(0)
 
 
 def test_decode_is_per_token(model):
