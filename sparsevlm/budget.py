@@ -80,7 +80,9 @@ def mean_leaving(n_visual: int, layers: Sequence[int], after: Sequence[int], n_l
     return (total + count * (n_layers - start)) / n_layers
 
 
-def scale_layers(n_layers: int, layers: Sequence[int] = _REFERENCE_LAYERS, depth: int = _REFERENCE_DEPTH) -> tuple:
+def scale_layers(
+    n_layers: int, layers: Sequence[int] = _REFERENCE_LAYERS, depth: int = _REFERENCE_DEPTH
+) -> tuple[int, ...]:
     """Scale pruning layers to another depth: floor(layer * n_layers / depth + 1/2), made strictly increasing.
 
     32 layers: 2, 6, 15; 40 layers (13B): 3, 8, 19; 12 layers (`mini`): 1, 2, 6. The authors' code uses 2, 6, 15 on

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision,
 class VisionMethod(Method):
     """Base for acting before the language model: override `reduce`, or `tower_hooks` and `encode` for the tower."""
 
-    positions: ClassVar[str] = "renumber"
+    positions = "renumber"
     reads_text: ClassVar[bool] = False
     captures: ClassVar[bool] = False  # needs states, queries and keys of the feature layer
     after_projector: ClassVar[bool] = False  # works on what the projector makes instead of what it gets
@@ -47,7 +47,9 @@ class VisionMethod(Method):
         Raises:
             ValueError: a budget above their sum, or one that the method cannot express.
         """
-        return share(check_budget(self.budget, sum(sizes)), sizes)
+        budget = check_budget(self.budget, sum(sizes))
+        assert isinstance(budget, int)  # `spend` is for an active method
+        return share(budget, sizes)
 
     def tower_hooks(self, vision: Vision, tower: Tower) -> list[RemovableHandle]:
         """Register further hooks on a tower and return their handles."""
@@ -79,7 +81,7 @@ class VisionMethod(Method):
     def hooks(self, attached: Vision | None) -> list[RemovableHandle]:
         return [] if attached is None else attached.handles()
 
-    def check_call(self, attached: Vision | None, arguments: dict) -> None:
+    def check_call(self, attached: Vision | None, arguments: dict[str, Any]) -> None:
         if attached is not None:
             attached.check_call(arguments)
 
@@ -133,6 +135,7 @@ class VisionMethod(Method):
             prompts = [(encoding, b * len(encoding.prompts) // prefill.batch) for encoding in encodings]
             samples.append([(encoding, prompt) for encoding, prompt in prompts if encoding.prompts[prompt]])
         default = record._details
+        assert default is not None  # nobody has looked yet
         if record.layer >= 0:
             record._details = partial(_later_details, default, samples)
             return
@@ -152,10 +155,11 @@ def _made(vision: Vision, batch: int, b: int, n_visual: int) -> int | None:
 
 
 Sample = list[tuple[Encoding, int]]  # what was made of a prompt's images and of its video, and its number there
+Details = tuple[list[Any], list[Any], list[Any]]  # scores, kept and origin per sample, as in `StageRecord`
 
 
-def _details(default: Callable, samples: list[Sample]) -> tuple[list, list, list]:
-    """Return scores, kept and origin per sample, as in `StageRecord`."""
+def _details(default: Callable[[], Details], samples: list[Sample]) -> Details:
+    """Return the details of a stage at the input, of what was made of the pictures."""
     scores, kept, origin = default()
     for b, sample in enumerate(samples):
         if not sample:
@@ -168,7 +172,7 @@ def _details(default: Callable, samples: list[Sample]) -> tuple[list, list, list
     return scores, kept, origin
 
 
-def _later_details(default: Callable, samples: list[Sample]) -> tuple[list, list, list]:
+def _later_details(default: Callable[[], Details], samples: list[Sample]) -> Details:
     """Return the same for a stage inside the language model, which knows tokens by their slots."""
     scores, kept, origin = default()
     for b, sample in enumerate(samples):
@@ -184,4 +188,7 @@ def _later_details(default: Callable, samples: list[Sample]) -> tuple[list, list
 
 def _places(e: Encoding, p: int) -> Tensor:
     """[n] int64: the visual tokens of prompt p that were encoded there, among all of its visual tokens."""
-    return torch.arange(e.prompts[p] * e.tower.tokens) if e.places is None else e.places[p]
+    if e.places is not None:
+        return e.places[p]
+    assert e.prompts is not None  # else a tower's tokens have no prompt
+    return torch.arange(e.prompts[p] * e.tower.tokens)

@@ -25,13 +25,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsevlm.core.diversity import cosine_matrix, dpp_greedy
 from sparsevlm.core.packing import take
 from sparsevlm.methods._vision import VisionMethod
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.network import Network
 from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Vision, find_towers
 
 
@@ -92,6 +93,7 @@ class CDPruner(VisionMethod):
         if encoding.prompts is None or len(encoding.prompts) != len(texts):
             raise ValueError("method 'cdpruner' must know the question. Pass input_ids and pixel values together")
         of_picture = [prompt for prompt, n in enumerate(encoding.prompts) for _ in range(n)]
+        assert pictures.states is not None  # because of `captures`
         states = pictures.states if encoding.tower.cls else pictures.states[:, 1:]
         embeds = clip.visual_projection(clip.vision_model.post_layernorm(states))
         embeds = F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
@@ -103,6 +105,7 @@ class CDPruner(VisionMethod):
 
     def reduce(self, pictures: Pictures, count: int) -> Reduced:
         weight = pictures.relevance
+        assert weight is not None  # `encode` has computed it
         kernel = weight[:, :, None] * cosine_matrix(pictures.features) * weight[:, None]
         origin = dpp_greedy(kernel, count).sort(1).values
         return Reduced(take(pictures.features, origin), origin, weight)
@@ -112,7 +115,7 @@ class CDPruner(VisionMethod):
 class _Loaded:
     """CLIP, its tokenizer and the function that reads a prompt's question, on the device of one model."""
 
-    clip: nn.Module
+    clip: Network
     tokenizer: Any
     question: Callable[[Tensor], str]
 
@@ -122,7 +125,7 @@ class _Loaded:
 
         path = method.clip if isinstance(method.clip, str) else None
         weight = next(family.decoder.parameters())
-        clip = CLIPModel.from_pretrained(path) if path else method.clip
+        clip: Network = CLIPModel.from_pretrained(path) if path else method.clip
         if method.tokenizer is None and path is None:
             raise ValueError("a loaded clip= comes without its tokenizer. Use tokenizer= of its text tower, too")
         tokenizer = AutoTokenizer.from_pretrained(path) if method.tokenizer is None else method.tokenizer
@@ -152,7 +155,7 @@ class _Loaded:
 class _Question:
     """The text of a prompt after its last visual token."""
 
-    def __init__(self, tokenizer, visual_ids: tuple[int, ...]):
+    def __init__(self, tokenizer: Any, visual_ids: tuple[int, ...]):
         self.tokenizer, self.visual_ids = tokenizer, visual_ids
 
     def __call__(self, ids: Tensor) -> str:

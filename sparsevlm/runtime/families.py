@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsevlm.runtime.network import Network
+
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 VISION_LANGUAGE_MODELS = ("llava", "video_llava")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -25,8 +27,8 @@ class Family:
         rotate_half: the family's, of its rotary embedding.
     """
 
-    outer: nn.Module
-    decoder: nn.Module
+    outer: Network
+    decoder: Network
     visual_ids: tuple[int, ...]
     rotate_half: Callable
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.network import Network
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Tower:
         cls: whether the features contain the CLS token, as the first one.
     """
 
-    module: nn.Module
+    module: Network
     kind: str
     layer: int
     grid: int
@@ -39,7 +38,7 @@ class Tower:
         return self.patches + self.cls
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> Sequence[Network]:
         """Encoder layers up to the one whose output the features are."""
         return self.module.encoder.layers[: self.layer + 1]
 
