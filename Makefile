@@ -94,28 +94,30 @@ docs: setup ## make the API reference of the docstrings: docs/api/index.html
 	@echo "docs/api/index.html"
 
 flops: setup ## count the multiply-adds of every method on LLaVA-1.5-7B, 13B and Video-LLaVA; no weights needed
-	@$(RUN) scripts/flops_table.py --results $(results) $(args)
+	@$(RUN) -m eval.measure.flops --results $(results) $(args)
+	@$(RUN) scripts/make_tables.py --results $(results) --only flops
 
 # Overhead on one thread: a wide and a narrow random Llama with the authors' keep lists, and the embedded model.
-BENCH = $(RUN) -m sparsevlm.cost.bench --threads 1 --warmup 1 --decode-tokens 4 --out $(results)/latency
+BENCH = $(RUN) -m eval.measure.latency --threads 1 --warmup 1 --decode-tokens 4 --results $(results)
 
 latency: setup ## time pruning against the unpruned model and the floor on this machine, and draw it
 	@$(BENCH) --shape llama-1024x16 --prompt 35+576+25 --repeats 10 \
-		--setting "sparsevlm::layers=(2,6,12):keep=(300,200,110)" \
-		--setting "sparsevlm::layers=(2,6,12):keep=(66,30,17)" $(args)
+		"sparsevlm::layers=(2,6,12):keep=(300,200,110)" \
+		"sparsevlm::layers=(2,6,12):keep=(66,30,17)" $(args)
 	@$(BENCH) --shape llama-512x18x8 --prompt 35+576+54 --repeats 10 \
-		--setting "sparsevlm::layers=(2,6,15):keep=(300,200,110)" \
-		--setting "sparsevlm::layers=(2,6,15):keep=(66,30,17)" \
-		--setting "sparsevlm::layers=(2,6,15):keep=(300,200,110):early_drop=False" \
-		--setting "sparsevlm::layers=(2,6,15):keep=(66,30,17):early_drop=False" $(args)
+		"sparsevlm::layers=(2,6,15):keep=(300,200,110)" \
+		"sparsevlm::layers=(2,6,15):keep=(66,30,17)" \
+		"sparsevlm::layers=(2,6,15):keep=(300,200,110):early_drop=False" \
+		"sparsevlm::layers=(2,6,15):keep=(66,30,17):early_drop=False" $(args)
 	@$(BENCH) --shape mini --prompt 4+576+8 --repeats 20 --methods sparsevlm,fastv,random --budgets 192,128,64 $(args)
-	@$(RUN) scripts/plot_latency.py --results $(results)
+	@$(RUN) scripts/make_tables.py --results $(results) --only latency
+	@$(RUN) scripts/make_figures.py --results $(results) --only latency
 
 tables: setup ## make the tables of the runs
 	@$(RUN) scripts/make_tables.py --results $(results) $(args)
 
 figures: setup ## draw the figures of the runs
-	@for script in scripts/plot_*.py; do $(RUN) $$script --results $(results) $(args); done
+	@$(RUN) scripts/make_figures.py --results $(results) $(args)
 
 report: paper
 paper: setup ## all tables, all figures and results/report.html, of the runs or else of results/reference

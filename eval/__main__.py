@@ -8,7 +8,7 @@ start beside a CPU-only torch with the torchvision of PyPI, does not see our tas
 with 0 when a run fails. The questions of minivqa must be made for it first: `python -m eval.tasks.minivqa`.
 
 Either way the benchmarks are asked and scored as lmms-eval ships them. What `python -m eval.run` corrects about them is
-said before the first question is asked (see eval/stock.py).
+said before the first question is asked (see eval/generate/stock.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def make_questions(name: str) -> None:
     """Make the questions of a generated task where its YAML looks for them, if this version's are not there."""
     task = TASKS.get(name)
     if isinstance(task, Generated):
-        folder = FOLDER / name / "data"
+        folder = FOLDER / task.folder.removeprefix("own:") / "data"
         print(f"the questions of {name}: {folder}; making them takes about a minute, once", file=sys.stderr, flush=True)
         task.build(0, task.size, folder)
 

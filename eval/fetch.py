@@ -4,10 +4,10 @@
     python -m eval.fetch experiment=paper_image
     python -m eval.fetch model=llava_1_5_7b task=gqa,pope
 
-Takes the arguments of `python -m eval.run`; methods and budgets need nothing of their own, except for cdpruner's text
-tower, which its first run fetches. Sizes are the hub's own, "unknown" where it cannot be asked; that of a data set is
-of its whole repository, of which a task may take a part. Exit status: 0 everything is there (or --dry-run); 2 something
-is not, each said on one line.
+Takes the arguments of `python -m eval.run`; methods and budgets need nothing of their own, except for the text tower of
+cdpruner and anchorprune, which their first run fetches. Sizes are the hub's own, "unknown" where it cannot be asked;
+that of a data set is of its whole repository, of which a task may take a part. Exit status: 0 everything is there (or
+--dry-run); 2 something is not, each said on one line.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eval.configs import CONFIGS, explain
 from eval.errors import USER, UserError, one_line, report
+from eval.runs.configs import CONFIGS, explain
 from eval.tasks import TASKS, TaskSettings, task_settings
 from eval.tasks.folders import hf_home
 from eval.tasks.generated import Generated
@@ -115,8 +115,8 @@ def _composed(arguments: Sequence[str]) -> Iterator[dict]:
 
 def _load(settings: TaskSettings, limit: int | None) -> None:
     """Load a task as a run does: what is missing is fetched, and videos are looked for."""
-    from eval.evaluate import quiet
     from eval.tasks import load
+    from eval.tasks.requests import quiet
 
     quiet()
     load(settings, limit)

@@ -41,11 +41,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from eval.configs import CONFIGS, explain
 from eval.errors import UserError, report, worst
+from eval.measure.latency import time_runs
 from eval.processes import is_first
-from eval.series import run_series, time_runs
-from eval.settings import Run, make_run
+from eval.runs.configs import CONFIGS, explain
+from eval.runs.series import run_series
+from eval.runs.settings import RunSettings, make_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing and exiting with its own status
     command = shlex.join(["python", "-m", "eval.run", *arguments])
-    here: list[tuple[list[Run], dict | None]] = []  # runs and latency options of the jobs in this process
+    here: list[tuple[list[RunSettings], dict | None]] = []  # runs and latency options of the jobs in this process
     statuses: list[int] = []
 
     def job(config: DictConfig) -> None:  # never raises, so that the other jobs of a multirun run
@@ -89,14 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return worst([*statuses, *_read_statuses(folder)])
 
 
-def _asked_for(config: dict) -> tuple[list[Run], dict | None]:
+def _asked_for(config: dict) -> tuple[list[RunSettings], dict | None]:
     """Return the runs of one job, and the options of its latency measurement."""
     experiment = config.pop("experiment") or {}
     runs = _listed(experiment["runs"]) if experiment else [_one(config)]
     return runs, experiment.get("latency")
 
 
-def _do(jobs: Sequence[tuple[list[Run], dict | None]], command: str) -> int:
+def _do(jobs: Sequence[tuple[list[RunSettings], dict | None]], command: str) -> int:
     """Execute the runs of all jobs, then the latency measurements if nothing failed."""
     status = run_series([run for runs, _ in jobs for run in runs], command)
     to_time = [(runs, latency) for runs, latency in jobs if latency and status == 0 and is_first()]
@@ -132,7 +133,7 @@ def _read_statuses(folder: Path) -> list[int]:
     return [job["status"] for job in ended]
 
 
-def _listed(entries: Sequence[dict]) -> list[Run]:
+def _listed(entries: Sequence[dict]) -> list[RunSettings]:
     """Make the runs that an experiment lists: each entry is one run, or one for each combination of its lists.
 
     Raises:
@@ -159,7 +160,7 @@ def _listed(entries: Sequence[dict]) -> list[Run]:
     return runs
 
 
-def _one(config: dict) -> Run:
+def _one(config: dict) -> RunSettings:
     run = make_run(config)
     if config["budget"] not in (None, run.budget) and is_first():
         print(f"ignoring budget={config['budget']}: method={run.method.name} keeps all tokens", flush=True)

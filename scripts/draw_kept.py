@@ -27,8 +27,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from scripts import style
-from scripts.draw_words import Word, draw_words, words_height
+from scripts.figures import style
+from scripts.figures.words import Word, draw_words, words_height
 from sparsevlm.core.raters import relevance
 from sparsevlm.settings import parse_options, parse_value
 

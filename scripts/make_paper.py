@@ -22,13 +22,14 @@ import sparsevlm  # isort: skip  - before transformers: it makes torchvision imp
 from PIL import Image
 from tqdm import tqdm
 
-from eval.reader import BadRun, read_runs, unfinished
+from eval.runs.reader import BadRun, read_runs, unfinished
 from eval.tasks.minivqa.dataset import rows as questions
-from scripts import plot_ablations, plot_accuracy, plot_latency, plot_layers, style
 from scripts.draw_kept import draw_kept, rated_words, seen_pixels
+from scripts.figures import style
+from scripts.make_figures import make_figures
 from scripts.make_tables import build_tables
 from scripts.report import write_report
-from scripts.tables import write
+from scripts.tables.formats import write
 
 REFERENCE = Path("reference")
 EXAMPLE = {"method": "sparsevlm", "budget": 64}
@@ -71,10 +72,7 @@ def make_paper(results: Path, metric: str | None = None) -> list[Path]:
     figures = results / "figures"
     steps = {
         "tables": lambda: [path for table in tables for path in write(table, results / "tables")],
-        "accuracy": lambda: plot_accuracy.plot_runs(runs, figures, metric),
-        "ablations": lambda: plot_ablations.plot_runs(runs, figures, metric),
-        "layers": lambda: plot_layers.plot_runs(runs, figures),
-        "latency": lambda: plot_latency.plot(results),
+        "figures": lambda: make_figures(results, ("accuracy", "ablations", "layers", "latency"), metric),
         "kept patches": lambda: kept_patches(figures),
     }
     paths: list[Path] = []

@@ -22,21 +22,21 @@ if not __package__:  # started as a file: import from the repository's root, not
 
 import pandas as pd
 
-from eval.reader import HALF_PRECISION, LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
-from scripts.ablations import ablation_tables, interval
-from scripts.cost_tables import (
+from eval.runs.reader import HALF_PRECISION, LATENCY, BadRun, Run, accuracy_groups, read_runs, unfinished
+from scripts.tables.ablations import ablation_tables, interval
+from scripts.tables.costs import (
     efficiency_paper,
     efficiency_table,
     half_precision_table,
-    latency_table,
     number,
-    timing,
 )
-from scripts.paper_tables import EDITIONS, paper_table
-from scripts.rank_ablation import rank_ablation
-from scripts.separation import separation_table
-from scripts.summary import MATCHED, Summary, embedded, kept_apart, shown, summarise
-from scripts.tables import NOT_JUDGED, NOT_RUN, NOTHING, Table, from_frame, write
+from scripts.tables.flops import flops_tables
+from scripts.tables.formats import NOT_JUDGED, NOT_RUN, NOTHING, Table, from_frame, write
+from scripts.tables.latency import conditions, latency_tables
+from scripts.tables.paper import EDITIONS, paper_table
+from scripts.tables.rank_ablation import rank_ablation
+from scripts.tables.separation import separation_table
+from scripts.tables.summary import MATCHED, Summary, embedded, kept_apart, shown, summarise
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,8 +86,9 @@ def build_tables(runs: Sequence[Run], metric: str | None = None) -> list[Table]:
         tables.append(from_frame(group.name, title, caption(summary), accuracy_table(summary), runs_of_rows))
         separation = separation_table(group, metric)
         tables += [efficiency_table(summary), *([] if separation is None else [separation])]
-    tables += [latency_table(run) for run in runs if run.task == LATENCY]
-    return tables + [half_precision_table(run) for run in runs if run.task == HALF_PRECISION]
+    tables += [table for run in runs if run.task == LATENCY for table in latency_tables(run)]
+    tables += [half_precision_table(run) for run in runs if run.task == HALF_PRECISION]
+    return tables + flops_tables(runs)
 
 
 def chosen(tables: Sequence[Table], only: str | None) -> list[Table]:
@@ -181,7 +182,8 @@ def caption(summary: Summary) -> str:
     )
     if summary.latency is None:
         return f"{text} Prefill time: {NOT_RUN}."
-    return f"{text} Prefill time: {timing(summary.latency)}, from {summary.latency.folder.name}."
+    timed = conditions(summary.latency, note=", tower and projector not included")
+    return f"{text} Prefill time: median and quartiles of {timed}, from {summary.latency.folder.name}."
 
 
 def _control_caption(summary: Summary) -> str:

@@ -117,15 +117,19 @@ def _retained(frame: pd.DataFrame) -> Iterator[Check]:
 def _averages(frame: pd.DataFrame) -> Iterator[Check]:
     """Averages over the benchmarks of a table: of the scores, or of what is retained of them."""
     for (paper, _, table, _), rows in _tables(frame):
-        if (paper, table) == ("HoloV", "Table 1"):
-            continue  # its unpruned scores are not among the numbers
+        if (paper, table) in (("HoloV", "Table 1"), ("GlobalCom2", "Table 1")):
+            continue  # its unpruned scores, or some of its benchmarks, are not among the numbers
         for method, tokens in rows.settings():
             for metric in ("score", "judge_score", "judge_score_difference"):
                 average = rows.get(method, tokens, "average", metric)
                 parts = _parts(rows, method, tokens, metric)
-                if average is not None and len(parts) > 1:
+                if average is not None and len(parts) > 1 and frame["unit"][[average, *parts]].nunique() == 1:
                     yield _check(frame, average, parts, _mean, f"mean of {len(parts)} benchmarks")
             average = rows.get(method, tokens, "average", "retained")
+            pair = [rows.get(method, tokens, "average", "score"), rows.unpruned("average", "score")]
+            if average is not None and None not in pair:
+                yield _check(frame, average, pair, _percent, "average / unpruned average")
+                continue
             scores = _parts(rows, method, tokens, "score")
             full = [rows.unpruned(frame["benchmark"][i], "score") for i in scores]
             if average is not None and len(scores) > 2 and None not in full and _complete(rows, scores):

@@ -12,8 +12,8 @@ import yaml
 from markupsafe import Markup, escape
 from PIL import Image
 
-from eval.reader import Run, label
-from scripts.tables import NOT_RUN, Table
+from eval.runs.reader import Run, label
+from scripts.tables.formats import NOT_RUN, Table
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _PIXELS_PER_INCH = 110  # on the screen; figures are saved at 300

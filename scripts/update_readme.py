@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -19,8 +18,9 @@ from pathlib import Path
 if not __package__:  # started as a file: import from the repository's root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sparsevlm.cost.report import name_of
-from sparsevlm.markdown import markdown_of_records
+from eval.markdown import markdown_of_records
+from eval.runs.reader import LATENCY, read_runs
+from scripts.tables.latency import gmacs_ratio, name_of, speedup
 
 ROOT = Path(__file__).resolve().parents[1]
 _MARK = re.compile(r"<!-- (?P<name>[a-z]+) -->\n.*?<!-- end -->\n", re.DOTALL)
@@ -100,24 +100,29 @@ def _differences(reference: Path) -> str:
 
 
 def _flops(reference: Path) -> str:
-    lines = _rows(next((reference / "flops").glob("flops__t118.md")), -2).splitlines()
+    found = [*(reference / "tables").glob("flops_paper.md"), *(reference / "flops").glob("flops__t118.md")]
+    tables = re.findall(r"(?:^\|.*\n)+", found[0].read_text(encoding="utf-8") if found else "", re.MULTILINE)
+    lines = next(table for table in tables if "the paper's formula" in table).splitlines()
     return "\n".join([*lines[:2], *(line for line in lines if line.startswith(("| none |", "| sparsevlm |")))])
 
 
 def _latency(reference: Path) -> str:
-    rows = json.loads((reference / "latency" / "latency.json").read_text(encoding="utf-8"))["rows"]
-    cells = [
-        {
-            "random Llama, tokens": f"{row['shape']}, {row['prompt']}",
-            "setting": name_of(row),
-            "leaving": f"{row['leaving']:.0f}",
-            "speed-up of the prefill": f"{row['speedup']['median']:.2f}",
-            "promised by the multiply-adds": f"{row['gmacs_ratio']:.2f}",
-            "overhead": f"{row['overhead']['median']:.3f}",
-        }
-        for row in rows
-        if row["shape"].startswith("llama-") and row["method"] != "none"
-    ]
+    cells = []
+    for run in (run for run in read_runs(reference) if run.task == LATENCY and run.model.startswith("llama-")):
+        rows = run.metrics["rows"]
+        full = next(row for row in rows if row["method"] == "none")
+        cells += [
+            {
+                "random Llama, tokens": f"{run.model}, {run.config['prompt']}",
+                "setting": name_of(row)[0],
+                "leaving": f"{row['leaving']:.0f}",
+                "speed-up of the prefill": f"{speedup(row)['median']:.2f}",
+                "theoretical (MACs)": f"{gmacs_ratio(row, full):.2f}",
+                "overhead": f"{row['overhead']['median']:.3f}",
+            }
+            for row in rows
+            if row["method"] != "none"
+        ]
     return markdown_of_records(cells, left=2)
 
 

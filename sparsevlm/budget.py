@@ -97,29 +97,44 @@ def scale_layers(
     return tuple(scaled) or (0,)
 
 
-def check_budget(budget: int | str | None, n_visual: int | None = None) -> int | str | None:
-    """Return the budget as an int, "full" or None.
+def check_budget(budget: int | float | str | None, n_visual: int | None = None) -> int | float | str | None:
+    """Return the budget as an int (tokens), a float (a share of the input's visual tokens), "full" or None.
+
+    Where the number of visual tokens is given, it is returned in tokens: a share to the nearest whole number, at least
+    1; a number is clamped to what is there, as the trace records (`PrefillRecord.clamped`).
 
     Raises:
-        ValueError: not an integer, below 1, or above the number of visual tokens (when that is given).
+        ValueError: neither a whole number of at least 1 nor a share between 0 and 1.
     """
     if budget is None or budget == "full":
         return budget
     try:
-        value = int(budget)
-        if isinstance(budget, bool) or value != float(budget):
+        value = float(budget)
+        if isinstance(budget, bool) or not (value.is_integer() or 0 < value < 1):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"budget {budget!r} is neither an integer nor 'full'") from None
-    if value < 1:
         raise ValueError(
-            f"budget {value} is below 1; it counts the mean visual tokens per layer. Use at least 1, or 'full'"
-        )
-    if n_visual is not None and value > n_visual:
+            f"budget {budget!r} is neither an integer nor 'full' nor a share. Use whole tokens, or a share between 0 "
+            "and 1 of the input's visual tokens"
+        ) from None
+    if value < 1 and value.is_integer():
         raise ValueError(
-            f"budget {value} is above the {n_visual} visual tokens of this input. Use at most {n_visual}, or 'full'"
+            f"budget {int(value)} is below 1; it counts the mean visual tokens per layer. Use at least 1, a share "
+            "between 0 and 1, or 'full'"
         )
-    return value
+    if value == 1 and not isinstance(budget, int) and "." in str(budget):
+        raise ValueError(f"budget {budget} may mean one token or all of them. Use 1, or 'full'")
+    if n_visual is None:
+        return int(value) if value.is_integer() else value
+    return min(int(value), n_visual) if value >= 1 else max(1, int(value * n_visual + 0.5))
+
+
+def in_tokens(budget: int | float | str | None, n_visual: int) -> int:
+    """Return `check_budget` of a budget that is neither None nor "full"."""
+    tokens = check_budget(budget, n_visual)
+    if not isinstance(tokens, int):
+        raise ValueError(f"budget {budget!r} is no number of tokens. Use whole tokens, or a share between 0 and 1")
+    return tokens
 
 
 @lru_cache(maxsize=4096)
@@ -149,7 +164,9 @@ def explicit_schedule(
     for k in keep:
         k = min(k, count - 1 if always_drop and count > 1 else count)
         pool, new = recycled_counts(count - k, recycle, cluster)
-        kept.append(k), pools.append(pool), merged.append(new)
+        kept.append(k)
+        pools.append(pool)
+        merged.append(new)
         count = k + new
     return Schedule(n_visual, n_layers, layers, tuple(kept), tuple(pools), tuple(merged))
 
@@ -186,7 +203,7 @@ def solve(
     beside one kept token does not recycle.
 
     Args:
-        budget: mean visual tokens leaving a layer, 1 ... n_visual.
+        budget: mean visual tokens leaving a layer, as in `check_budget`.
         n_visual: visual tokens of the prompt.
         n_layers: layers of the language model.
         lists: the authors' (budget, keep list) pairs, ascending in budget.
@@ -194,9 +211,9 @@ def solve(
         recycle, cluster: shares of `recycled_counts`.
 
     Raises:
-        ValueError: budget outside 1 ... n_visual, or not reachable with the given layers.
+        ValueError: no budget, or one that is not reachable with the given layers.
     """
-    check_budget(budget, n_visual)
+    budget = check_budget(budget, n_visual)
     chosen = scale_layers(n_layers) if layers is None else tuple(layers)
     check_layers(chosen, n_layers)
     default = layers is None or chosen == _REFERENCE_LAYERS
@@ -217,7 +234,9 @@ def solve(
     count, keep, pools, merged = n_visual, [], [], []
     for target in targets:
         k, pool, new = _stage(count, target, recycle, cluster)
-        keep.append(k), pools.append(pool), merged.append(new)
+        keep.append(k)
+        pools.append(pool)
+        merged.append(new)
         count = k + new
     return Schedule(n_visual, n_layers, chosen, tuple(keep), tuple(pools), tuple(merged))
 

@@ -45,6 +45,21 @@ def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     return options
 
 
+def parse_integers(text: str, separator: str = ",") -> list[int]:
+    """Parse integers >= 0 between separators: "192,128,64" -> [192, 128, 64].
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        numbers = [int(part) for part in text.split(separator)]
+    except ValueError:
+        raise ValueError(f"{text!r} must be integers separated by {separator!r}") from None
+    if min(numbers) < 0:
+        raise ValueError(f"{text!r} must be integers >= 0")
+    return numbers
+
+
 def parse_value(text: Any) -> Any:
     """Parse the value of an option: a number, true, false, null (also as Python writes them), a list, or else a text.
 

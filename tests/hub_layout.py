@@ -236,7 +236,11 @@ def _save_tokenizer(folder: Path, added: list[str], processor_class: str) -> dic
 
 def _save_weights(folder: Path, model, shards: int) -> None:
     """float16 safetensors under the hub's weight names, split, with an index."""
-    weights = {_hub_name(k): v.to(torch.float16).contiguous() for k, v in model.state_dict().items()}
+    _write_shards(folder, {_hub_name(k): v for k, v in model.state_dict().items()}, shards, torch.float16)
+
+
+def _write_shards(folder: Path, weights: dict[str, torch.Tensor], shards: int, dtype: torch.dtype) -> None:
+    weights = {k: v.to(dtype).contiguous() for k, v in weights.items()}
     names = sorted(weights)
     size = -(-len(names) // shards)
     where = {}

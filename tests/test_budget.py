@@ -149,6 +149,9 @@ def test_a_run_reaches_what_the_schedule_says(name, budget, options):
         (-1, "budget -1 is below 1"),
         ("abc", "budget 'abc' is neither an integer nor 'full'"),
         (1.5, "budget 1.5 is neither an integer nor 'full'"),
+        (1.0, "budget 1.0 may mean one token or all of them. Use 1, or 'full'"),
+        (float("nan"), "budget nan is neither an integer nor 'full' nor a share"),
+        (float("inf"), "budget inf is neither an integer"),
         (True, "budget True is neither an integer nor 'full'"),
         ([64], r"budget \[64\] is neither an integer nor 'full'"),
     ],
@@ -163,18 +166,36 @@ def test_budgets_from_a_command_line():
     assert check_budget("64") == 64 and check_budget(64.0) == 64 and check_budget("full") == "full"
 
 
-@pytest.mark.parametrize("name", ["random", "sparsevlm", "sparsevlm_plus"])
-def test_a_budget_above_the_tokens_is_refused_and_leaves_no_hooks(name):
+@pytest.mark.parametrize("name", ["random", "sparsevlm", "sparsevlm_plus", "divprune", "visionzip"])
+def test_a_budget_above_the_tokens_is_clamped_and_recorded(name):
+    """One picture with few tokens does not end a batch."""
     model = llava()
-    x, _ = inputs("one", model)
-    model(**x)  # transformers installs hooks of its own at the first call
-    hooks = hooks_of(model)
-    with pytest.raises(
-        ValueError, match="budget 37 is above the 36 visual tokens of this input. Use at most 36, or 'f"
-    ):
-        with sparsevlm.build(name, budget=37)(model):
-            model(**x)
-    assert hooks_of(model) == hooks
+    x, _ = inputs("ragged", model)  # 36 and 72 visual tokens, and none
+    with torch.no_grad(), sparsevlm.build(name, budget=37)(model) as trace:
+        model(**x)
+    record = trace.prefills[0]
+    assert record.clamped == [True, False, False]
+    assert record.leaving == pytest.approx([36, 37, 0], abs=0.5)
+
+
+@pytest.mark.parametrize("name", ["random", "sparsevlm", "fastv", "divprune", "fastervlm"])
+def test_a_budget_that_is_a_share(name):
+    model = llava()
+    x, _ = inputs("ragged", model)
+    with torch.no_grad(), sparsevlm.build(name, budget=0.25)(model) as trace:
+        model(**x)
+    record = trace.prefills[0]
+    assert record.leaving == pytest.approx([9, 18, 0], abs=0.5)
+    assert record.clamped == [False] * 3
+    if name in ("divprune", "fastervlm"):  # both pictures get their share
+        assert [int((record.stages[0].kept[1] // 36 == i).sum()) for i in (0, 1)] == [9, 9]
+
+
+def test_shares_in_tokens():
+    assert check_budget(0.25) == 0.25 and check_budget("0.25") == 0.25
+    assert [check_budget(0.25, n) for n in (1, 2, 9, 10, 576)] == [1, 1, 2, 3, 144]  # half a token counts as one
+    assert [check_budget(64, n) for n in (10, 64, 576)] == [10, 64, 64]
+    assert check_budget("full", 9) == "full" and check_budget(None, 9) is None
 
 
 def hooks_of(model) -> int:

@@ -11,7 +11,7 @@ import tomllib
 
 import sparsevlm
 from eval import run as command_line
-from eval import settings
+from eval.runs import settings
 from eval.tasks import TASKS
 from sparsevlm.models.checkpoint import HUB_ALIASES
 from tests.commands import ROOT, Command, commands

@@ -7,7 +7,7 @@ from lmms_eval.utils import simple_parse_args_string
 from PIL import Image
 
 import sparsevlm
-from eval import lmms_model
+from eval.generate import lmms_model
 from eval.measure import latency
 from scripts import draw_kept
 from sparsevlm.cost import bench

@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.measure.once import Measured, command_of, measure_once, print_result, said
-from eval.reader import HALF_PRECISION
+from eval.measure.once import Kept, Measured, measure_once, run_command
+from eval.runs.reader import HALF_PRECISION
 from eval.tasks.minivqa.dataset import rows as questions
 from sparsevlm.methods.base import Method
 
@@ -37,12 +37,14 @@ Prefill = Callable[[torch.nn.Module, Method], list]
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and write; one line on stderr and exit status 2 for what cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
-    parser.add_argument("--prompts", type=int, default=12, help="questions of minivqa; random prompts are a third")
-    args = parser.parse_args(argv)
-    command = command_of("half_precision", argv)
-    print_result("half_precision", lambda: measure_half_precision(args.results, args.prompts, command))
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--prompts", type=int, default=12, help="questions of minivqa; random prompts are a third")
+
+    def as_asked(args: argparse.Namespace, command: str) -> str:
+        return measure_half_precision(args.results, args.prompts, command)
+
+    run_command("half_precision", __doc__, add_arguments, as_asked, argv)
 
 
 def measure_half_precision(results: Path, prompts: int, command: str) -> str:
@@ -53,11 +55,11 @@ def measure_half_precision(results: Path, prompts: int, command: str) -> str:
     """
     config = {"settings": [list(s) for s in SETTINGS], "shapes": SHAPES, "prompts": prompts}
 
-    def measured() -> Measured:
+    def measured(_: Kept) -> Measured:
         rows = measure(prompts)
         return Measured(rows, rows, len(rows))
 
-    return said(*measure_once(results, HALF_PRECISION, HALF_PRECISION, config, command, measured))
+    return measure_once(results, HALF_PRECISION, HALF_PRECISION, config, command, measured)
 
 
 def measure(prompts: int) -> list[dict]:

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from eval.measure.once import Measured, command_of, measure_once, print_result, said
-from eval.reader import LAYERS, label
-from eval.settings import fingerprint
+from eval.measure.once import Kept, Measured, measure_once, run_command
+from eval.runs.reader import LAYERS, label
+from eval.runs.settings import fingerprint
 from eval.tasks.minivqa.dataset import rows as questions
 from sparsevlm.methods.sparsevlm_rank import SparseVLMRank
 from sparsevlm.models.checkpoint import find_checkpoint
@@ -53,12 +53,14 @@ class Ranks(SparseVLMRank):
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and write; one line on stderr and exit status 2 for what cannot be."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=Path("results"), help="folder that holds runs/")
-    parser.add_argument("--questions", type=int, default=32, help="the first of minivqa")
-    args = parser.parse_args(argv)
-    command = command_of("layers", argv)
-    print_result("layers", lambda: measure_layers(args.results, args.questions, command))
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--questions", type=int, default=32, help="the first of minivqa")
+
+    def as_asked(args: argparse.Namespace, command: str) -> str:
+        return measure_layers(args.results, args.questions, command)
+
+    run_command("layers", __doc__, add_arguments, as_asked, argv)
 
 
 def measure_layers(results: Path, n: int, command: str) -> str:
@@ -70,11 +72,11 @@ def measure_layers(results: Path, n: int, command: str) -> str:
     config = {"model": {"name": "mini", "pretrained": "mini", "weights": fingerprint(find_checkpoint("mini"))}}
     config |= {"questions": n, "raters": list(RATERS), "settings": [list(s) for s in SETTINGS]}
 
-    def measured() -> Measured:
+    def measured(_: Kept) -> Measured:
         samples = measure(n)
         return Measured(summarise_rows(samples), samples, n)
 
-    return said(*measure_once(results, LAYERS, f"{LAYERS}__mini", config, command, measured))
+    return measure_once(results, LAYERS, f"{LAYERS}__mini", config, command, measured)
 
 
 def measure(n: int) -> list[dict]:

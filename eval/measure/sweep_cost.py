@@ -20,20 +20,26 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from eval import environment
-from eval.measure.once import command_of
-from sparsevlm.markdown import markdown_table
+from eval.errors import UserError
+from eval.markdown import markdown_table
+from eval.measure.once import run_command
+from eval.runs import environment
 
 _ROOT = Path(__file__).resolve().parents[2]
 METHODS, BUDGETS = ("random", "fastv", "sparsevlm"), (192, 128, 64)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, write and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--limit", type=int, default=48, help="questions of minivqa")
-    args = parser.parse_args(arguments)
+def main(argv: list[str] | None = None) -> None:
+    """Measure and write; one line on stderr and exit status 2 for what cannot be."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--limit", type=int, default=48, help="questions of minivqa")
+
+    run_command("sweep_cost", __doc__, add_arguments, lambda args, command: measure(args, command), argv)
+
+
+def measure(args: argparse.Namespace, command: str) -> str:
+    """Measure and write; return the table and where the file is."""
     git = environment.git_at_start()
     with tempfile.TemporaryDirectory() as scratch:
         single, sweep = Path(scratch, "single"), Path(scratch, "sweep")
@@ -44,11 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
         together = timed(["-m", *common, *lists, f"results_dir={sweep}"])
         same = scores(single) == scores(sweep)
     if not same:
-        sys.exit("error: the sweep and the single runs gave different results")
+        raise UserError("the sweep and the single runs gave different results")
     total = {key: sum(t[key] for t in each.values()) for key in ("cpu_s", "wall_s")}
     record = {
         "schema": 1,
-        "command": command_of("sweep_cost", arguments),
+        "command": command,
         "model": "mini",
         "task": "minivqa",
         "questions": args.limit,
@@ -70,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"mini__n{args.limit}__{datetime.now():%Y%m%d_%H%M%S}.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(table(record) + f"\n-> {path}")
+    return table(record) + f"\n-> {path}"
 
 
 def pairs() -> list[tuple[str, int]]:
@@ -81,13 +87,13 @@ def timed(arguments: list[str]) -> dict[str, float]:
     """CPU and wall seconds of one process of eval.run.
 
     Raises:
-        SystemExit: it failed.
+        UserError: it failed.
     """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "eval.run", *arguments], cwd=_ROOT, capture_output=True, text=True)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        sys.exit(f"error: eval.run {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-400:]}")
+        raise UserError(f"eval.run {' '.join(arguments)} ended with {done.returncode}: {done.stderr[-400:]}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"cpu_s": round(cpu, 2), "wall_s": round(wall, 2)}
 

@@ -66,7 +66,7 @@ class Task:
         group: what makes questions belong together, from columns of the data: a limit never cuts a group.
         columns: that `group` reads.
         interleave: order the data so that groups take turns (for data sorted by split), rather than whole groups.
-        judge: how answers are judged by a language model: a key of `eval.judgements.JUDGEMENTS`, or None.
+        judge: how answers are judged by a language model: a key of `eval.tasks.judgements.JUDGEMENTS`, or None.
         video: questions are about videos; unless generated, these are files, looked for before a model is loaded.
         version: changes when the same settings would ask or score differently; part of a run's identity.
         note: what to know when comparing with the papers.

@@ -97,7 +97,7 @@ def _nextqa(settings: TaskSettings) -> dict:
 
 def _judged(kind: str, **more) -> Callable[[TaskSettings], dict]:
     def overrides(settings: TaskSettings) -> dict:
-        from eval.judge import judge_of, scorer
+        from eval.tasks.judge import judge_of, scorer
 
         judge = judge_of(settings.options)
         scores = {"video_qa": ["gpt_accuracy", "gpt_score"], "mmvet": ["gpt_eval_score"]}.get(kind, [])

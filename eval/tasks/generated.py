@@ -38,16 +38,16 @@ class Generated(Task):
 
     def prepare(self, seed: int, n: int) -> dict:
         """For lmms-eval's `tasks=[...]`; makes the data if need be."""
-        return minivqa.task_override(self.build(seed, n, cache_dir() / self.name), self.name)
+        return minivqa.task_override(self.build(seed, n, cache_dir() / self.folder.removeprefix("own:")), self.name)
 
 
-def _generated(name: str, title: str, data, video: bool = False) -> Generated:
-    """The task of a folder of that name beside this file, whose module `dataset` is `data`."""
+def _generated(name: str, title: str, data, video: bool = False, folder: str | None = None) -> Generated:
+    """The task of a folder beside this file, by default of its own name, whose module `dataset` is `data`."""
     return Generated(
         name=name,
         title=title,
         lmms=(name,),
-        folder=f"own:{name}",
+        folder=f"own:{folder or name}",
         size=data.DEFAULT_N,
         metrics={"accuracy": "fraction"} if video else {VISUAL: "fraction", "accuracy": "fraction"},
         options={"seed": 0},
@@ -59,5 +59,6 @@ def _generated(name: str, title: str, data, video: bool = False) -> Generated:
 
 GENERATED = (
     _generated("minivqa", "generated scenes of handwritten digits and drawn shapes", minivqa),
+    _generated("minivqa_blind", "the questions of minivqa without pictures, a control", minivqa, folder="minivqa"),
     _generated("minivqa_video", "generated clips of digits and shapes that come, move and leave", minivqa_video, True),
 )

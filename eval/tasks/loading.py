@@ -21,11 +21,11 @@ from lmms_eval.utils import load_yaml_config
 from tenacity import stop_after_attempt
 
 from eval.errors import UserError, one_line
-from eval.judge import Judge, judge_of
 from eval.processes import single_process_env
 from eval.tasks.base import EXACT_MATCH, NO_JUDGE, Task, TaskSettings
 from eval.tasks.folders import FOLDER, cache_dir, hf_home
 from eval.tasks.generated import Generated
+from eval.tasks.judge import Judge, judge_of
 from eval.tasks.questions import as_the_authors
 from eval.tasks.video_qa import data as video_qa
 

@@ -1,8 +1,8 @@
 """Forwards on the meta device, where tensors have shapes and no values, and two counters of their multiply-adds.
 
 fvcore's is the one that results come from. torch's own needs nothing but torch, for machines without fvcore; tests hold
-the two against each other. Both book what is done inside `runtime.parts.part(...)` as METHOD and under no submodule,
-wherever it is done: in a vision tower, a projector or the language model.
+the two against each other. Both book what is done inside `runtime.parts.part(...)` as METHOD, or as GUIDE what a second
+model computes, and under no submodule, wherever it is done: in a vision tower, a projector or the language model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig
 
 from sparsevlm.cost.shapes import load_config, model_class
-from sparsevlm.runtime.parts import watch
+from sparsevlm.runtime.parts import GUIDE, watch
 
 TOWERS = ("vision_tower", "video_tower", "image_tower")
 PROJECTOR = "multi_modal_projector"
-METHOD = "method"  # what pruning itself computes, in the counts by submodule
+METHOD = "method"  # what pruning itself computes, in the counts by submodule; GUIDE: what its second model does
 
 
 class Prefill(nn.Module):
@@ -104,45 +104,39 @@ def without_weights(config: PretrainedConfig, dtype: torch.dtype) -> nn.Module:
 def countable(net: nn.Module) -> Iterator[None]:
     """Let a forward run on meta tensors under a tracer, with the same products.
 
-    The patch convolution becomes unfold + linear (on meta, its shape check fails under the tracer), and the library's
-    comparison of image tokens with image features, which reads a value, is switched off by its own variable.
+    Patch convolutions, also those of a second model, become unfold + linear (on meta, their shape check fails under the
+    tracer), and the library's comparison of image tokens with image features, which reads a value, is switched off by
+    its own variable.
     """
     variable = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(variable)
-    patched = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    for module in patched:
-        module.forward = _as_linear(module)
+    original, nn.Conv2d.forward = nn.Conv2d.forward, _as_linear
     os.environ[variable] = "1"
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             yield
     finally:
-        for module in patched:
-            del module.forward
+        nn.Conv2d.forward = original
         if before is None:
             del os.environ[variable]
         else:
             os.environ[variable] = before
 
 
-def _as_linear(conv: nn.Conv2d) -> Callable[[torch.Tensor], torch.Tensor]:
+def _as_linear(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """The forward of a convolution whose stride is its kernel, as a linear layer over patches."""
     if conv.stride != conv.kernel_size or conv.padding not in ((0, 0), "valid") or conv.groups != 1:
         raise ValueError(f"cannot count {conv}: only patch embeddings (stride = kernel, no padding) are known")
     k = conv.kernel_size[0]
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        b, c, h, w = (int(s) for s in x.shape)
-        patches = x.reshape(b, c, h // k, k, w // k, k).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * k * k)
-        out = F.linear(patches, conv.weight.flatten(1), conv.bias)
-        return out.transpose(1, 2).reshape(b, -1, h // k, w // k)
-
-    return forward
+    b, c, h, w = (int(s) for s in x.shape)
+    patches = x.reshape(b, c, h // k, k, w // k, k).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * k * k)
+    out = F.linear(patches, conv.weight.flatten(1), conv.bias)
+    return out.transpose(1, 2).reshape(b, -1, h // k, w // k)
 
 
 def fvcore_gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Mapping[str, float]:
-    """GMACs per submodule ("" = all) without METHOD, and of METHOD, by fvcore.
+    """GMACs per submodule ("" = all) without METHOD and GUIDE, and of these two, by fvcore.
 
     Raises:
         ImportError: fvcore is not installed.
@@ -161,9 +155,9 @@ def fvcore_gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Mapping
         analysis.set_op_handle(name, partial(_booked, handle))
     with watch(_scope):
         found = analysis.by_module_and_operator()
-    macs = {name: sum(v for op, v in ops.items() if op != METHOD) for name, ops in found.items()}
-    own = found[""].get(METHOD, 0)
-    return {name: value / 1e9 for name, value in {**macs, "": macs[""] + own, METHOD: own}.items()}
+    macs = {name: sum(v for op, v in ops.items() if op not in _SCOPES) for name, ops in found.items()}
+    added = {name: found[""].get(name, 0) for name in (METHOD, GUIDE)}
+    return {name: value / 1e9 for name, value in {**macs, "": sum(found[""].values()), **added}.items()}
 
 
 @contextmanager
@@ -176,22 +170,27 @@ def _scope(name: str | None) -> Iterator[None]:
     if tracer is None:
         yield
         return
-    tracer.push_scope(_MODELS_OWN if name is None else _METHODS_OWN)
+    tracer.push_scope(f"#{_booked_as(name) or 'model'}/")
     try:
         yield
     finally:
         tracer.pop_scope()
 
 
-_METHODS_OWN, _MODELS_OWN = "#method/", "#model/"
+_SCOPES = (METHOD, GUIDE)
+
+
+def _booked_as(part: str | None) -> str | None:
+    """What a part of `runtime.parts` is booked as; None = as the model's own."""
+    return part if part in (None, GUIDE) else METHOD
 
 
 def _booked(handle: Callable, inputs, outputs) -> Counter[str]:
-    """What a handle of fvcore counts, under METHOD if the innermost part that the operator stands in is a method's."""
+    """What a handle of fvcore counts, under METHOD or GUIDE if the innermost part that the operator stands in is so."""
     counted = handle(inputs, outputs)
     found = counted if isinstance(counted, Counter) else Counter({outputs[0].node().kind(): counted})
-    parts = [scope for scope in outputs[0].node().scopeName().split("/") if scope.startswith("#")]
-    return Counter({METHOD: sum(found.values())}) if parts and parts[-1] == _METHODS_OWN[:-1] else found
+    parts = [scope[1:] for scope in outputs[0].node().scopeName().split("/") if scope.startswith("#")]
+    return Counter({parts[-1]: sum(found.values())}) if parts and parts[-1] in _SCOPES else found
 
 
 def _sdpa_macs(inputs, outputs) -> int:
@@ -210,7 +209,7 @@ def _matmul_macs(inputs, outputs) -> int:
 
 
 def torch_gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, float]:
-    """GMACs of the whole call (""), of METHOD and of each submodule, by torch's counter (two FLOPs per multiply-add).
+    """GMACs of the whole call (""), METHOD, GUIDE and each submodule, by torch's counter (two FLOPs per multiply-add).
 
     Only for meta tensors: on a CPU, torch 2.13 has no rule for the attention kernel and would leave it out.
     """
@@ -221,12 +220,12 @@ def torch_gmacs(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str
     root = type(module).__name__
     macs = {name.removeprefix(root).removeprefix("."): sum(ops.values()) / 2e9
             for name, ops in counter.get_flop_counts().items() if name != "Global"}  # fmt: skip
-    names = [METHOD, *(name for name, _ in module.named_modules())]
+    names = [*_SCOPES, *(name for name, _ in module.named_modules())]
     return {name: macs.get(name, 0.0) for name in names} | {"": counter.get_total_flops() / 2e9}
 
 
 class _Callers:
-    """Lets torch's counter book a part under METHOD instead of the modules that are being called."""
+    """Lets torch's counter book a part under METHOD or GUIDE instead of the modules that are being called."""
 
     def __init__(self, tracker):
         self.tracker, self.callers = tracker, None
@@ -236,7 +235,7 @@ class _Callers:
         before, outermost = self.tracker.parents, self.callers is None
         if outermost:
             self.callers = before
-        self.tracker.parents = {*self.callers} if name is None else {"Global", METHOD}
+        self.tracker.parents = {*self.callers} if name is None else {"Global", _booked_as(name)}
         try:
             yield
         finally:

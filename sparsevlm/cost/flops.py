@@ -1,7 +1,5 @@
 """Multiply-adds of a pruned model, counted by fvcore on the meta device: no weights, no GPU, seconds.
 
-    python -m sparsevlm.cost.flops --model llava-1.5-7b --text-tokens 118
-
 What is counted: the matrix products (linear layers, QK^T and PV of attention, patch embedding, and the pruning method's
 own: similarities, rater choice, rater rows, clustering, merging) of one unmodified forward pass with the method's hooks
 in place. One rule for all methods says where it is booked:
@@ -11,13 +9,16 @@ in place. One rule for all methods says where it is booked:
   method computes a layer run, and are in it);
 - `method` is what the method computes itself, wherever that is: in the tower, at the projector, in the language model.
   Queries and keys that scoring computes in place of a layer are the layer's; those that are computed twice are the
-  method's once.
+  method's once;
+- `guide` is a second model that runs first (`sgl`): its layers on the prompt, its decode steps (as many as it may
+  generate, less one: where its answer ends is not known beforehand), and its own tower and projector, unless it shares
+  those of the model. 0 for all other methods.
 
-Two totals, in both of which `method` is: *prefill* = llm_prefill + method (`prefill_gmacs`), what comparisons use, so
-that a method is charged with its work wherever it does it; and *first token* = vision + projector + prefill
-(`first_token_gmacs`), everything from the pixels to the first token. Methods inside the language model: the prefill is
-what the paper's formula is compared with (on LLaVA-1.5-7B 2.135, 1.732 and 1.315 TMAC, with early drop 2.077, 1.665 and
-1.245, of 4.621). `decode` is one token after the prompt.
+Two totals, in both of which `method` and `guide` are: *prefill* = llm_prefill + method + guide (`prefill_gmacs`), what
+comparisons use, so that a method is charged with its work wherever it does it; and *first token* = vision + projector +
+prefill (`first_token_gmacs`), everything from the pixels to the first token. Methods inside the language model: the
+prefill is what the paper's formula is compared with (on LLaVA-1.5-7B 2.135, 1.732 and 1.315 TMAC, with early drop
+2.077, 1.665 and 1.245, of 4.621). `decode` is one token after the prompt.
 
 What is not counted: element-wise work, norms, softmax, rotary embedding, sorting, the singular values behind a rank. No
 credit is taken for causality: attention over n tokens counts n x n, in the scores and in their product with the values,
@@ -30,14 +31,12 @@ image of 336 pixels; a tracer that removes dead code misses it).
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from sparsevlm import methods
 from sparsevlm.cost.counters import (
     METHOD,
     PROJECTOR,
@@ -48,14 +47,14 @@ from sparsevlm.cost.counters import (
     meta_model,
     tower_names,
 )
-from sparsevlm.cost.shapes import PUBLISHED, load_config, make_prompt
-from sparsevlm.markdown import markdown_of_records
+from sparsevlm.cost.shapes import load_config, make_prompt
 from sparsevlm.methods import build
 from sparsevlm.methods.base import Method
 from sparsevlm.methods.sparsevlm import SparseVLM
 from sparsevlm.methods.sparsevlm_rank import SparseVLMRank
+from sparsevlm.runtime.parts import GUIDE
 
-PARTS = ("llm_prefill", "vision", "projector", "method", "decode")
+PARTS = ("llm_prefill", "vision", "projector", "method", "guide", "decode")
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,9 @@ def count(
 
     Returns:
         GMACs (1 MAC = 2 FLOPs) of `vision` (tower), `projector`, `llm_prefill` (decoder layers, and the head on the
-        last token), `method` (the pruning method's own work, wherever it does it) and `decode` (one token after the
-        prompt, head included). The first four share no work; `prefill_gmacs` and `first_token_gmacs` add them up.
+        last token), `method` (the pruning method's own work, wherever it does it), `guide` (a second model of the
+        method's) and `decode` (one token after the prompt, head included). The first five share no work;
+        `prefill_gmacs` and `first_token_gmacs` add them up.
 
     Raises:
         ValueError: unknown model, method or option; a method whose kept counts depend on the picture, without a rank.
@@ -128,16 +128,17 @@ def run(
 
 
 def split(by_module: dict[str, float], net: torch.nn.Module) -> dict[str, float]:
-    """`llm_prefill`, `vision`, `projector` and `method` of counts per submodule of a `Prefill`."""
+    """`llm_prefill`, `vision`, `projector`, `method` and `guide` of counts per submodule of a `Prefill`."""
     towers = sum(by_module[f"net.model.{name}"] for name in tower_names(net))
-    projector, own = by_module.get(f"net.model.{PROJECTOR}", 0.0), by_module[METHOD]
-    llm = by_module[""] - towers - projector - own
-    return {"llm_prefill": llm, "vision": towers, "projector": projector, "method": own}
+    projector = by_module.get(f"net.model.{PROJECTOR}", 0.0)
+    added = {"method": by_module[METHOD], "guide": by_module[GUIDE]}
+    llm = by_module[""] - towers - projector - sum(added.values())
+    return {"llm_prefill": llm, "vision": towers, "projector": projector, **added}
 
 
 def prefill_gmacs(gmacs: dict[str, float]) -> float:
-    """GMACs of the language model and the method's own work, from `count`: what the prefills of methods compare by."""
-    return gmacs["llm_prefill"] + gmacs["method"]
+    """GMACs of the language model, the method's own work and its guide, from `count`: what prefills compare by."""
+    return gmacs["llm_prefill"] + gmacs["method"] + gmacs.get("guide", 0.0)  # counts from before there were guides
 
 
 def first_token_gmacs(gmacs: dict[str, float]) -> float:
@@ -213,59 +214,3 @@ def row(
         "gmacs": counted.gmacs,
         "formula_gmacs": formula_gmacs(counted.lengths, text.hidden_size, text.intermediate_size),
     }
-
-
-def with_savings(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Rows with `saved_percent`, what the prefill saves against the same model's row of the method "none", and
-    `first_token_saved_percent`, the same of everything up to the first token."""
-    totals = {"saved_percent": prefill_gmacs, "first_token_saved_percent": first_token_gmacs}
-    full = {r["model"]: r["gmacs"] for r in rows if r["method"] == "none"}
-    return [
-        r | {key: 100 * (1 - total(r["gmacs"]) / total(full[r["model"]])) for key, total in totals.items()}
-        for r in rows
-    ]
-
-
-def cells(row: dict[str, object]) -> dict[str, str]:
-    """A row of `with_savings` as it is printed."""
-    options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
-    gmacs = row["gmacs"]
-    return {
-        "model": row["model"],
-        "method": row["method"] + (f" ({options})" if options else ""),
-        "budget": "explicit" if row["budget"] is None else str(row["budget"]),
-        "entering": f"{row['entering']:.1f}",
-        "leaving": f"{row['leaving']:.1f}",
-        "prefill GMAC": f"{prefill_gmacs(gmacs):,.2f}",
-        "GFLOP": f"{2 * prefill_gmacs(gmacs):,.2f}",
-        "saved %": f"{row['saved_percent']:.1f}",
-        "of it method GMAC": f"{gmacs['method']:,.3f}",
-        "vision GMAC": f"{gmacs['vision']:,.2f}",
-        "projector GMAC": f"{gmacs['projector']:,.3f}",
-        "first token GMAC": f"{first_token_gmacs(gmacs):,.2f}",
-        "saved of it %": f"{row['first_token_saved_percent']:.1f}",
-        "decode GMAC/token": f"{gmacs['decode']:,.3f}",
-    }
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print a table; an unknown name or an impossible budget is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(description="Count multiply-adds of a prefill; no weights are needed.")
-    parser.add_argument(
-        "--model", nargs="+", default=["llava-1.5-7b"], help=f"{', '.join(PUBLISHED)}, mini, a folder, llama-1024x16"
-    )
-    parser.add_argument("--method", nargs="+", default=["none", "random", "sparsevlm"], help=", ".join(methods()))
-    parser.add_argument("--budget", nargs="+", type=int, default=[192, 128, 64], help="mean visual tokens per layer")
-    parser.add_argument("--text-tokens", type=int, default=118, help="all tokens that are not visual (default: 118)")
-    args = parser.parse_args(argv)
-    chosen = [("none", "full"), *((m, b) for m in args.method if m != "none" for b in args.budget)]
-    try:
-        rows = with_savings([row(m, *setting, args.text_tokens) for m in args.model for setting in chosen])
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
-    print(f"Multiply-adds at {args.text_tokens} non-visual tokens, batch 1 (1 GMAC = 2 GFLOP); fvcore, meta device.\n")
-    print(markdown_of_records([cells(row) for row in rows]))
-
-
-if __name__ == "__main__":
-    main()

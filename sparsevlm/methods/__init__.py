@@ -16,11 +16,24 @@ from typing import Any
 from sparsevlm.methods.base import Method
 
 _BASES = ("base", "bases")
+_REGISTERED: dict[str, type[Method]] = {}
 
 
 def names() -> list[str]:
     """List the names of all methods, sorted."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _BASES and m.name[0] != "_")
+
+
+def register(cls: type[Method]) -> type[Method]:
+    """Make a method that is defined elsewhere known to `build` by its name; :func:`names` does not list it.
+
+    Raises:
+        ValueError: a method of this package has the name.
+    """
+    if cls.name in names():
+        raise ValueError(f"sparsevlm has a method {cls.name!r}. Use another name")
+    _REGISTERED[cls.name] = cls
+    return cls
 
 
 def method_class(name: str) -> type[Method]:
@@ -29,6 +42,8 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     known = names()
     if name not in known:
         near = difflib.get_close_matches(str(name), known, 1)

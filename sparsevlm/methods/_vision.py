@@ -1,8 +1,9 @@
 """Base of the methods that act before the language model: in the vision tower, or on what it hands to the projector.
 
 Budget: all pictures of a prompt share it evenly (images, or the frames of a video; where it does not divide, earlier
-pictures get one more). In the language model the method appears as a stage at layer -1. Positions are renumbered, as in
-a shorter prompt; a picture's tokens come in the order in which the method's authors hand them on.
+pictures get one more); a budget below 1 is a share of each picture. In the language model the method appears as a stage
+at layer -1. Positions are renumbered, as in a shorter prompt; a picture's tokens come in the order in which the
+method's authors hand them on.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from sparsevlm.budget import Schedule, check_budget, explicit_schedule
+from sparsevlm.budget import Schedule, explicit_schedule, in_tokens
 from sparsevlm.core.packing import take
 from sparsevlm.methods.base import Method
 from sparsevlm.runtime.families import Family
@@ -44,12 +47,15 @@ class VisionMethod(Method):
     def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
         """Split the budget of a prompt over its pictures, which have `sizes` visual tokens; returns tokens per picture.
 
+        A number is shared evenly; of a budget that is a share each picture gets its own share, to a token.
+
         Raises:
-            ValueError: a budget above their sum, or one that the method cannot express.
+            ValueError: a budget that the method cannot express.
         """
-        budget = check_budget(self.budget, sum(sizes))
-        assert isinstance(budget, int)  # `spend` is for an active method
-        return share(budget, sizes)
+        if isinstance(self.budget, int):
+            return share(in_tokens(self.budget, sum(sizes)), sizes)
+        ends = [in_tokens(self.budget, end) for end in accumulate(sizes)]
+        return [end - start for start, end in pairwise([0, *ends])]
 
     def tower_hooks(self, vision: Vision, tower: Tower) -> list[RemovableHandle]:
         """Register further hooks on a tower and return their handles."""
@@ -104,7 +110,6 @@ class VisionMethod(Method):
         """Return the schedule for a prompt whose pictures have `size` visual tokens each."""
         if not self.active:
             return super().plan(n_visual, n_layers)
-        check_budget(self.budget, n_visual)
         keep = sum(self.spend([size] * max(1, round(n_visual / size)), n_layers))
         return explicit_schedule(n_visual, n_layers, (-1,), (keep,))
 
@@ -141,6 +146,20 @@ class VisionMethod(Method):
             return
         record.recycled = [sum(e.extra(p) for e, p in sample) for sample in samples]
         record._details = partial(_details, default, samples)
+
+
+def patches(pictures: Pictures) -> Tensor:
+    """Return the features [n, P, d] of the patches, without a CLS token that the model takes, too."""
+    return pictures.features[:, int(pictures.tower.cls) :]
+
+
+def selected(pictures: Pictures, chosen: Tensor, scores: Tensor | None = None) -> Reduced:
+    """Hand on the patches `chosen` [n, T], in their order, as they are; `scores` [n, P] are for the trace."""
+    cls = int(pictures.tower.cls)
+    origin = chosen.sort(1).values + cls
+    if scores is not None and cls:
+        scores = F.pad(scores, (1, 0), value=float("-inf"))
+    return Reduced(take(pictures.features, origin), origin, scores)
 
 
 def _made(vision: Vision, batch: int, b: int, n_visual: int) -> int | None:
@@ -192,3 +211,34 @@ def _places(e: Encoding, p: int) -> Tensor:
         return e.places[p]
     assert e.prompts is not None  # else a tower's tokens have no prompt
     return torch.arange(e.prompts[p] * e.tower.tokens)
+
+
+def slots(prefill: Prefill, value: Callable[[Reduced, int], Tensor], out: Tensor, among_rows: bool = False) -> Tensor:
+    """Return what is known of the rows of each picture, where in the call these were filled in.
+
+    Args:
+        value: from what was made of a group of pictures, and their visual tokens, to [n, T]: one value per row.
+        out: [B, L] what all other rows have.
+        among_rows: values are visual tokens of their picture and become the rows of the call where these were.
+    """
+    vision: Vision = prefill.attached
+    out = out.clone()
+    places = torch.from_numpy(prefill.prompt.index(max(prefill.prompt.counts))).to(out.device)
+    for b in range(prefill.batch):
+        for encoding in vision.last.values():
+            prompts = encoding.prompts
+            if prompts is None:  # one picture per prompt
+                prompts = [1] * len(encoding.counts)
+            p = b * len(prompts) // prefill.batch
+            first, mine = sum(prompts[:p]), places[b][_places_of(encoding, prompts, p).to(out.device)]
+            for k in range(prompts[p]):
+                for group, made in zip(encoding.groups, encoding.reduced, strict=True):
+                    if first + k in group:
+                        rows = mine[k * encoding.tower.tokens : (k + 1) * encoding.tower.tokens]
+                        new = value(made, encoding.tower.tokens)[group.index(first + k)].to(out.device)
+                        out[b, rows[: len(new)]] = rows[new] if among_rows else new.to(out.dtype)
+    return out
+
+
+def _places_of(e: Encoding, prompts: list[int], p: int) -> Tensor:
+    return torch.arange(prompts[p] * e.tower.tokens) if e.places is None else e.places[p]

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsevlm.budget import Schedule, check_budget, check_layers
+from sparsevlm.budget import Schedule, check_budget, check_layers, in_tokens
 from sparsevlm.core.merging import match, merge_mean, most_removable, survivors
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods._dropped import Dropped
@@ -131,16 +131,15 @@ class AIM(VisionMethod):
                     f"prompt; use at most {min(sizes)}, or a budget, which pictures share"
                 )
             return [self.merge_to] * len(sizes)
-        budget, total = check_budget(self.budget, sum(sizes)), sum(sizes)
-        assert isinstance(budget, int)  # `spend` is for an active method
+        budget, total = in_tokens(self.budget, sum(sizes)), sum(sizes)
         return list(sizes) if budget == total else share(self._merged(budget, total, n_layers), sizes)
 
     def plan_pictures(self, n_visual: int, n_layers: int, size: int) -> Schedule:
         if not self.active or check_budget(self.budget, n_visual) == n_visual:
             return Schedule(n_visual, n_layers, (), (), (), ())
         if self.merge_to is None:
-            assert isinstance(self.budget, int)  # because it is active
-            return self._schedule(self._merged(self.budget, n_visual, n_layers), n_visual, n_layers)
+            budget = in_tokens(self.budget, n_visual)
+            return self._schedule(self._merged(budget, n_visual, n_layers), n_visual, n_layers)
         return self._schedule(sum(self.spend([size] * max(1, round(n_visual / size)), n_layers)), n_visual, n_layers)
 
     # ---- merging ---------------------------------------------------------------------------------------------------

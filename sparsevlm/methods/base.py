@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsevlm.budget import Schedule, check_budget
 
 if TYPE_CHECKING:
+    from sparsevlm.runtime.bias import LogitBias
     from sparsevlm.runtime.families import Family
     from sparsevlm.runtime.prefill import Prefill
     from sparsevlm.runtime.stage import Stage
@@ -31,12 +32,12 @@ class Method:
     be used in several models, copied, compared and pickled at any time.
 
     Attributes:
-        budget: mean visual tokens per layer as they leave the layers (see `sparsevlm.budget`), "full", or None when
-            the method's own options say how many tokens stay.
+        budget: mean visual tokens per layer as they leave the layers (see `sparsevlm.budget`), a share of them between
+            0 and 1, "full", or None when the method's own options say how many tokens stay.
     """
 
     _: KW_ONLY
-    budget: int | str | None = None
+    budget: int | float | str | None = None
 
     name: ClassVar[str] = ""
     # read by the runtime; a method may make options of them
@@ -50,6 +51,10 @@ class Method:
     reads_text: ClassVar[bool] = True  # what stays depends on the text after the image
     scores_next: ClassVar[bool] = False  # score a stage with the norm and projections of the layer after it
     scores_entered: ClassVar[bool] = False  # also looks at the states that entered the layer (`Prefill.entered`)
+    rereads = False  # generated tokens read the prompt's keys otherwise, too: a cache goes on in such a block only
+    keeps_tokens: ClassVar[bool] = False  # it removes computation instead of tokens: reports say "tokens kept: all"
+    removes: ClassVar[list[str]] = []  # of such a method the options that are set to remove something
+    adds_bias = False  # adds to attention logits (`logit_bias`); needs the sdpa or the eager backend
     adaptive: ClassVar[bool] = False  # counts depend on the picture: the host must wait for the device at each stage
 
     def __post_init__(self) -> None:
@@ -72,8 +77,8 @@ class Method:
         the block.
 
         Args:
-            model: LlavaForConditionalGeneration, VideoLlavaForConditionalGeneration, or a Llama, Mistral, Qwen2 or
-                Qwen3 text model; also inside a `peft.PeftModel`.
+            model: a vision-language model of a family in `sparsevlm.runtime.families.RECORDS`, or a Llama, Mistral,
+                Qwen2 or Qwen3 text model; also inside a `peft.PeftModel`.
             visual_mask: [B, L] bool, where the visual tokens of the one prompt of this block are, for callers that pass
                 `inputs_embeds` with features in them. Otherwise they are found from `input_ids`, or from embeddings
                 that come with pixel values.
@@ -107,6 +112,16 @@ class Method:
     def announce(self, attached: Any, input_ids: Tensor) -> None:
         """Take note of the new tokens [B, L] of the prompts whose pictures are encoded next."""
 
+    def look_ahead(self, attached: Any, input_ids: Tensor | None, visual: Tensor | None, arguments: dict) -> None:
+        """Look at a call of the model, or of its generate(), before anything of it is computed.
+
+        Args:
+            attached: see `attach`.
+            input_ids: [B, L] its new tokens; -1 = an embedding; None = unknown.
+            visual: [B, L] bool, which of them are visual; None = none, or unknown.
+            arguments: of the call, by name.
+        """
+
     def forget(self, attached: Any) -> None:
         """Discard what was announced. Called when that call has failed."""
 
@@ -134,6 +149,14 @@ class Method:
         """Return `positions` of the rows that a stage on the output of `layer` leaves (-1 = at the input)."""
         return self.positions
 
+    def stand_at(self, prefill: Prefill, index: Tensor) -> Tensor:
+        """Return the rows [B, N] whose positions rows `index` [B, N] take that keep "original" positions."""
+        return index
+
+    def logit_bias(self, prefill: Prefill) -> LogitBias | None:
+        """Return what is added to attention logits from layer 0 on, once tokens are dropped at the input."""
+        return None
+
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
         """Look at the input embeddings [B, L, D] once per prompt, before layer 0; raters are chosen here."""
 
@@ -151,6 +174,17 @@ class Method:
     def before_drop(self, prefill: Prefill, layer: int, hidden: Tensor) -> Tensor:
         """Return what the states [B, L, D] become before tokens are dropped from them after `layer`."""
         return hidden
+
+    def gated_layer(self, attached: Any) -> int | None:
+        """Return the first layer to whose cache generated tokens are written only if `writes` says so; None = all are.
+
+        It is a layer that follows a pruning layer (`stages`).
+        """
+        return None
+
+    def writes(self, attached: Any, states: Tensor) -> Tensor:
+        """Return which generated tokens [B, n] later ones shall see, from their states [B, n, D] at `gated_layer`."""
+        raise NotImplementedError(f"{self.name} gates generated tokens. Override writes to say which are kept")
 
     def annotate(self, record: StageRecord, prefill: Prefill) -> None:
         """Add to the trace's record of a stage what the runtime cannot know about it."""

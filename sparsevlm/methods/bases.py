@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sparsevlm.budget import (
     Schedule,
-    check_budget,
     check_layers,
     explicit_schedule,
+    in_tokens,
     nearest,
     scale_layers,
     solve,
@@ -66,10 +66,10 @@ class PlannedMethod(Method):
         raise NotImplementedError
 
     def plan_budget(self, budget: int, n_visual: int, n_layers: int) -> Schedule:
-        """Return the schedule of a budget.
+        """Return the schedule of a budget in tokens, 1 ... `n_visual`.
 
         Raises:
-            ValueError: the budget is above `n_visual`, or below what the layers can reach.
+            ValueError: it is below what the layers can reach.
         """
         raise NotImplementedError
 
@@ -78,9 +78,9 @@ class PlannedMethod(Method):
             return _undecided(n_visual, n_layers, self.where(n_layers))
         if self.instead and getattr(self, self.instead) is not None:
             return self.plan_counts(n_visual, n_layers)
-        if not isinstance(self.budget, int):  # None or "full"
+        if self.budget in (None, "full"):
             return super().plan(n_visual, n_layers)
-        return self.plan_budget(self.budget, n_visual, n_layers)
+        return self.plan_budget(in_tokens(self.budget, n_visual), n_visual, n_layers)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class PruneAtInput(PlannedMethod):
         return (-1,)
 
     def plan_budget(self, budget: int, n_visual: int, n_layers: int) -> Schedule:
-        return explicit_schedule(n_visual, n_layers, self.where(n_layers), (check_budget(budget, n_visual),))
+        return explicit_schedule(n_visual, n_layers, self.where(n_layers), (budget,))
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,16 @@ class PruneOnce(PlannedMethod):
 
     instead: ClassVar[str] = "keep"
     matches: ClassVar[tuple[str, ...]] = MATCHES
+    lowest_k: ClassVar[int] = 1  # 0 where tokens may go before any layer
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self.match, self.matches, "match")
         for option in ("k", "keep"):
             value = int_tuple(getattr(self, option), option)
-            if value is not None and (len(value) != 1 or value[0] < 1):
-                raise ValueError(f"{option} {getattr(self, option)!r} must be one whole number of at least 1")
+            least = self.lowest_k if option == "k" else 1
+            if value is not None and (len(value) != 1 or value[0] < least):
+                raise ValueError(f"{option} {getattr(self, option)!r} must be one whole number of at least {least}")
             self._set(option, value and value[0])
 
     def check(self, family: Family) -> None:
@@ -179,7 +181,7 @@ class PruneByLists(PruneInStages):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("keep", int_tuple(self.keep, "keep"))
-        if isinstance(self.budget, int) and not self.lists:
+        if self.budget not in (None, "full") and not self.lists:
             raise ValueError(f"{self.name} has no published lists that give a budget its shape. Use keep instead")
         if self.keep is not None and self.layers is not None and len(self.keep) != len(self.layers):
             raise ValueError(
@@ -234,7 +236,6 @@ class PruneByRatios(PruneInStages):
         return _shares(n_visual, n_layers, self.where(n_layers), self.ratios)
 
     def plan_budget(self, budget: int, n_visual: int, n_layers: int) -> Schedule:
-        check_budget(budget, n_visual)
         layers = self.layers
         if layers is None:
             layers = _with_room(self.published, budget, n_visual, n_layers, self.match)
@@ -253,14 +254,13 @@ def _once(budget: int, n_visual: int, n_layers: int, k: int | None, match: str) 
     """Return the schedule that prunes once, on the output of layer k - 1, so that the mean `match` is the budget.
 
     Raises:
-        ValueError: budget outside 1 ... n_visual, or out of reach of k.
+        ValueError: the budget is out of reach of k.
     """
-    check_budget(budget, n_visual)
     counted = 1 if match == "leaving" else 0  # layer k - 1 counts with the kept tokens
     if k is None:
         untouched = start_earlier(scale_layers(n_layers, (_FIRST_LAYER,))[0] + 1 - counted, budget, n_visual, n_layers)
         k = max(untouched + counted, 1)
-    full = k - counted
+    full = max(k - counted, 0)
     rest = n_layers - full
     keep = int((budget * n_layers - full * n_visual) / rest + 0.5)
     if keep < 1:

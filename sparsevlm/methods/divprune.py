@@ -5,7 +5,8 @@ always the one farthest from all those chosen, until T are chosen; they keep the
 1; the authors' code (CC-BY-NC) was not used.
 
 Deviations: several pictures of a prompt are pruned one by one, each with its share of the budget (the authors' code
-knows one image per prompt); T is given, not a ratio; distances are float32.
+knows one image per prompt); T is given, not a ratio (a budget below 1 is one); distances are float32. What a picture is
+where the number of tokens depends on it: see `ProjectedMethod`.
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ from typing import ClassVar
 
 from sparsevlm.core.diversity import cosine_matrix, max_min
 from sparsevlm.core.packing import take
-from sparsevlm.methods._vision import VisionMethod
+from sparsevlm.methods._projected import ProjectedMethod
 from sparsevlm.runtime.vision import Pictures, Reduced
 
 
 @dataclass(frozen=True)
-class DivPrune(VisionMethod):
+class DivPrune(ProjectedMethod):
     """Max-min diversity of projected tokens."""
 
     name: ClassVar[str] = "divprune"
-    after_projector: ClassVar[bool] = True
 
     def reduce(self, pictures: Pictures, count: int) -> Reduced:
         origin = max_min(1 - cosine_matrix(pictures.features), count).sort(1).values

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from sparsevlm.budget import check_budget
+from sparsevlm.budget import in_tokens
 from sparsevlm.methods._vision import VisionMethod
 from sparsevlm.methods.base import one_of
 from sparsevlm.runtime.families import Family
@@ -66,8 +66,7 @@ class Downsample(VisionMethod):
     def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
         if self.side is not None:
             return [self.side**2] * len(sizes)
-        budget = check_budget(self.budget, sum(sizes))
-        assert isinstance(budget, int)  # `spend` is for an active method
+        budget = in_tokens(self.budget, sum(sizes))
         if budget == sum(sizes):
             return list(sizes)
         if budget < len(sizes):

@@ -50,7 +50,6 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsevlm.budget import (
     Schedule,
-    check_budget,
     check_layers,
     explicit_schedule,
     nearest,
@@ -267,7 +266,6 @@ def _constant(n_visual: int, n_layers: int, start: int, r: float, ends: bool = F
 
 @lru_cache(maxsize=4096)
 def _solve(budget: int, n_visual: int, n_layers: int, start: int | None, first: int) -> Schedule:
-    check_budget(budget, n_visual)
     if start is None:
         start = start_earlier(first, budget, n_visual, n_layers)
     check_layers((start,), n_layers)

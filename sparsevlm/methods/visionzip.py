@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsevlm.budget import check_budget
+from sparsevlm.budget import in_tokens
 from sparsevlm.core.packing import take
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods._vision import VisionMethod
@@ -69,9 +69,7 @@ class VisionZip(VisionMethod):
         if self.dominant is None or self.contextual is None:
             return super().spend(sizes, n_layers)
         total = self.dominant + self.contextual
-        for size in sizes:
-            check_budget(total, size)
-        return [total] * len(sizes)
+        return [in_tokens(total, size) for size in sizes]
 
     def split(self, count: int) -> tuple[int, int]:
         """Return the dominant and contextual tokens of a picture that gets `count`."""

@@ -22,6 +22,7 @@ from sparsevlm.mini.clips import GRID as CLIP_GRID
 from sparsevlm.mini.scenes import GRID, PATCH
 from sparsevlm.mini.vocabulary import BOS, EOS, IMAGE, PAD, VIDEO, VIDEO_VOCAB_SIZE, VOCAB_SIZE, WORD_ID, WORDS
 
+LAYERS = 12
 _PROJECTION = {
     "vision_feature_layer": -1,
     "vision_feature_select_strategy": "default",
@@ -30,8 +31,12 @@ _PROJECTION = {
 }
 
 
-def build_config() -> LlavaConfig:
-    """Configuration of the embedded model: 168 x 168 pixels, 24 x 24 visual tokens, 6.2 M parameters."""
+def build_config(layers: int = LAYERS) -> LlavaConfig:
+    """Configuration of the embedded model: 168 x 168 pixels, 24 x 24 visual tokens, 6.2 M parameters.
+
+    Args:
+        layers: of the language model; a guide has fewer.
+    """
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
@@ -45,7 +50,7 @@ def build_config() -> LlavaConfig:
         vocab_size=VOCAB_SIZE,
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
@@ -67,10 +72,10 @@ def build_config() -> LlavaConfig:
 
 
 @torch.no_grad()
-def build_model(seed: int) -> LlavaForConditionalGeneration:
+def build_model(seed: int, layers: int = LAYERS) -> LlavaForConditionalGeneration:
     """The embedded model with its starting weights, float32 on the CPU; equal seeds give equal weights."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(build_config())
+    model = LlavaForConditionalGeneration(build_config(layers))
     _start_tower(model.model.vision_tower)
     projector = model.model.multi_modal_projector
     for layer in (projector.linear_1, projector.linear_2):

@@ -11,14 +11,31 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
-EMBEDDED = ("mini", "mini-video")
+from sparsevlm.runtime.families import RECORDS, RUNNING_STATE
+
+EMBEDDED = ("mini", "mini-video", "mini-guide")
 HUB_ALIASES = {
     "llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
     "llava-1.5-13b": "llava-hf/llava-1.5-13b-hf",
     "video-llava-7b": "LanguageBind/Video-LLaVA-7B-hf",
+    "llava-next-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+    "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
+    "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
 }
 #: model_type of config.json -> class of transformers that loads it.
-FAMILIES = {"llava": "LlavaForConditionalGeneration", "video_llava": "VideoLlavaForConditionalGeneration"}
+FAMILIES = {
+    "llava": "LlavaForConditionalGeneration",
+    "video_llava": "VideoLlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 #: What of a hub repository is fetched; nothing in folders below.
@@ -138,16 +155,18 @@ def check_family(folder: Path, name: str) -> str:
         raise FileNotFoundError(f"{name!r} has no config.json: {folder} is not a checkpoint folder")
     config = read_json(path)
     kind, made_for = config.get("model_type"), " ".join(config.get("architectures") or [])
-    supported = f"supported: {', '.join(FAMILIES)} (for example {', '.join(HUB_ALIASES.values())})"
+    supported = f"supported: {', '.join(FAMILIES)} (for example {HUB_ALIASES['llava-1.5-7b']})"
     if "LlavaLlamaForCausalLM" in made_for:
         raise ValueError(
             f"{name!r} is in the original authors' format ({made_for}); use its conversion for transformers; "
             + supported
         )
     if kind not in FAMILIES:
-        raise ValueError(f"{name!r} is a model of type {kind!r}, which cannot be loaded here; {supported}")
+        layers = (config.get("text_config") or config).get("layer_types") or ()
+        reason = RUNNING_STATE if "linear_attention" in layers else ""
+        raise ValueError(f"{name!r} is a model of type {kind!r}, which cannot be loaded here; {supported}.{reason}")
     tower = (config.get("vision_config") or {}).get("model_type", "clip_vision_model")
-    if tower != "clip_vision_model":
+    if RECORDS[kind].grid and tower != "clip_vision_model":
         raise ValueError(f"{name!r} has a vision tower of type {tower!r}; supported: clip_vision_model")
     return FAMILIES[kind]
 
@@ -217,7 +236,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         vision = config.vision_config
-        for key in ("image_size", "patch_size"):
+        for key in ("image_size", "patch_size") if RECORDS[config.model_type].grid else ():
             if not isinstance(getattr(vision, key), int) or getattr(vision, key) < 1:
                 raise ValueError(f"vision_config.{key} must be an integer of 1 or more, not {getattr(vision, key)!r}")
     except Exception as error:  # transformers checks types with errors of its own, and some values not at all

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparsevlm.models.checkpoint import EMBEDDED, check_family, find_checkpoint, read_config
+from sparsevlm.models.dynamic import DynamicProcessor
 from sparsevlm.models.processor import Processor, check_options
+from sparsevlm.runtime.families import RECORDS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -25,6 +28,8 @@ def load(
     revision: str | None = None,
     prompt: str = "hub",
     image_aspect_ratio: str = "crop",
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
 ) -> tuple[PreTrainedModel, Processor]:
     """Load a model, ready to generate, and its processor.
 
@@ -34,7 +39,7 @@ def load(
     was trained (:func:`sparsevlm.models.pixels.clip_pixels`); the hub's processor differs.
 
     Args:
-        name: "mini" (embedded), "llava-1.5-7b", "llava-1.5-13b", "video-llava-7b", a hub id or a local folder.
+        name: "mini" (embedded), a name of `checkpoint.HUB_ALIASES` such as "llava-1.5-7b", a hub id or a local folder.
         dtype: "float32", "float16", "bfloat16", "auto" (the checkpoint's) or a torch dtype; None = float32 on the CPU,
             the checkpoint's elsewhere.
         device: where to put the model.
@@ -43,6 +48,9 @@ def load(
         prompt: "hub" (the checkpoint's chat template), "vicuna_v1" or "llava_v1" (the authors' conversations, which
             open with a sentence about a curious user or a curious human).
         image_aspect_ratio: of pictures, "crop" (the hub's centre crop) or "pad" (to a square with the mean colour).
+            Models whose visual tokens depend on the picture keep its shape, whatever this says, and refuse "pad".
+        min_pixels, max_pixels: limits within which the Qwen models scale a picture, and InternVL cuts it into tiles;
+            None = the checkpoint's. The same number twice gives all pictures as many tokens, to rounding.
 
     Raises:
         FileNotFoundError: unknown name, or files are missing.
@@ -55,7 +63,14 @@ def load(
     folder = find_checkpoint(name, revision)
     model_class = getattr(transformers, check_family(folder, str(name)))
     config = read_config(folder)
-    processor = Processor.from_folder(folder, config, prompt=prompt, image_aspect_ratio=image_aspect_ratio)
+    processor = read_processor(
+        folder,
+        config,
+        prompt=prompt,
+        image_aspect_ratio=image_aspect_ratio,
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+    )
     with _no_progress_bar() if name in EMBEDDED else nullcontext():
         model, report = model_class.from_pretrained(
             folder,
@@ -87,6 +102,22 @@ def load(
             "use dtype='float32' or 'bfloat16' if they are larger than float16 can hold"
         )
     return model, processor
+
+
+def read_processor(folder: Path, config: PreTrainedConfig, **options) -> Processor:
+    """Return the processor of a checkpoint folder in the hub's layout.
+
+    Args:
+        options: `prompt`, `image_aspect_ratio`, `min_pixels` and `max_pixels`, as of :func:`load`.
+
+    Raises:
+        FileNotFoundError: tokenizer or image processor settings are missing.
+        ValueError: settings that do not fit the model or each other, or unknown options.
+    """
+    check_options(options.get("prompt", "hub"), options.get("image_aspect_ratio", "crop"))
+    options = {k: v for k, v in options.items() if k not in ("min_pixels", "max_pixels") or v is not None}
+    kind = Processor if RECORDS[config.model_type].grid else DynamicProcessor
+    return kind.from_folder(folder, config, **options)
 
 
 @contextmanager

@@ -18,8 +18,10 @@ from sparsevlm.models.checkpoint import read_json
 from sparsevlm.models.media import is_video, open_image, sample_frames
 from sparsevlm.models.pixels import clip_pixels
 from sparsevlm.models.prompts import CONVERSATIONS, PROMPTS, as_conversation, render_conversation, render_hub
+from sparsevlm.runtime.families import RECORDS
 
 IMAGE_ASPECT_RATIOS = ("crop", "pad")
+_NATIVE = "native"  # of models whose visual tokens depend on the picture
 #: Frames of a video, as Video-LLaVA was trained.
 VIDEO_FRAMES = 8
 
@@ -35,6 +37,11 @@ def n_visual_tokens(model, kind: str = "image") -> int:
         ValueError: a model that takes no input of that kind.
     """
     config = getattr(model, "config", model)
+    if not RECORDS[config.model_type].grid:
+        raise ValueError(
+            f"in a model of type {config.model_type!r} the number of visual tokens depends on the picture. Count the "
+            "placeholders in the processor's input_ids"
+        )
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     if kind == "image":
@@ -48,7 +55,7 @@ def check_options(prompt: str, image_aspect_ratio: str) -> None:
     """ValueError unless both are known."""
     if prompt not in PROMPTS:
         raise ValueError(f"unknown prompt {prompt!r}; known: {', '.join(PROMPTS)}")
-    if image_aspect_ratio not in IMAGE_ASPECT_RATIOS:
+    if image_aspect_ratio not in (*IMAGE_ASPECT_RATIOS, _NATIVE):
         raise ValueError(f"unknown image_aspect_ratio {image_aspect_ratio!r}; known: {', '.join(IMAGE_ASPECT_RATIOS)}")
 
 
@@ -100,6 +107,15 @@ class Processor:
             ValueError: settings that do not fit the model or each other, or unknown options.
         """
         check_options(options.get("prompt", "hub"), options.get("image_aspect_ratio", "crop"))
+        options = {k: v for k, v in options.items() if k not in ("min_pixels", "max_pixels") or v is not None}
+        if options.get("image_aspect_ratio") == _NATIVE:
+            raise ValueError(f"a model of type {config.model_type!r} takes square pictures. Use crop or pad")
+        if limits := [name for name in ("min_pixels", "max_pixels") if name in options]:
+            raise ValueError(
+                f"{' and '.join(limits)}: all pictures of a model of type {config.model_type!r} have "
+                f"{config.vision_config.image_size} x {config.vision_config.image_size} pixels. Use downsample for "
+                "smaller ones"
+            )
         again = "download the checkpoint again"
         if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
             raise FileNotFoundError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model); {again}")

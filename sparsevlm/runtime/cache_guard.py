@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sparsevlm.runtime.bias import LogitBias
 from sparsevlm.runtime.cache_state import CacheState, cached_length, seen_tokens, state_of, static_length
 
 
@@ -32,6 +33,8 @@ class _Rows:
         getattr(type(cache), self.name)(cache, argument)
 
         def follow(x):
+            if isinstance(x, LogitBias):
+                return x.of_rows(follow)
             if not isinstance(x, Tensor):
                 return x
             if isinstance(argument, Tensor):
@@ -39,11 +42,10 @@ class _Rows:
             return x.repeat_interleave(argument, 0) if self.name == "batch_repeat_interleave" else x[argument]
 
         state = state_of(cache)
-        state.given = follow(state.given)
+        state.given, state.pictured, state.visual = map(follow, (state.given, state.pictured, state.visual))
         for segment in state.segments:
-            segment.key_mask, segment.places, segment.shift = map(
-                follow, (segment.key_mask, segment.places, segment.shift)
-            )
+            for name, value in vars(segment).items():
+                setattr(segment, name, follow(value))
 
 
 _ROWS = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from sparsevlm.runtime.bias import LogitBias
+
 
 @dataclass
 class Segment:
@@ -17,13 +19,18 @@ class Segment:
             where nothing was written yet: it does not grow at each step, as a compiled step wants it.
         places: [B, cached] int64, what sliding windows count in: the index that each token had before others were
             dropped; None = one after the other.
+        bias: what is added to the logits of its keys; None = nothing.
         shift: renumbering: by how much the newest token's position is lower than its original one: an int, or
             [B, 1] int64 where samples differ.
+        gate: [B, cached or fewer] bool, which of them were written for later ones to see (`runtime.gate`); None = all.
+            As long as `key_mask` of a static cache.
     """
 
     key_mask: Tensor | None = None
     shift: Tensor | int = 0
     places: Tensor | None = None
+    gate: Tensor | None = None
+    bias: LogitBias | None = None
 
 
 @dataclass
@@ -34,6 +41,7 @@ class CacheState:
         open_ended: whether the last call ended with an image, so that the next one may bring the rest of the prompt.
         pruned_by: the method that shortened this cache; None if nothing was dropped from it yet.
         broken: whether a call failed while it was shortened.
+        deltas: [B, 1] where text goes on in positions of several axes, as the model knew it; None = it has one axis.
         admitted: whether the call being made knows of all this.
         dropped_at_input: by how much layer 0's cache is shorter than the input (methods that act before the language
             model); 0 if only the shorter samples of a batch lost tokens, None if none did.
@@ -41,6 +49,8 @@ class CacheState:
             ones stand one after the other at the end of every layer's cache.
         given: [B, told] bool, which of them the caller called real; None = all.
         padded: whether some are padding.
+        pictured: [B, 1] bool, which conversations had pictures, where generated tokens are gated (`runtime.gate`).
+        visual: [B, told] bool, which keys are visual tokens, for methods that still ask once all is cached (`rereads`).
         block: the one whose `visual_mask` marks a prompt in this cache; 0 = none (see `inputs.GivenMask`).
     """
 
@@ -50,10 +60,13 @@ class CacheState:
     told: int = 0
     given: Tensor | None = None
     padded: bool = False
+    pictured: Tensor | None = None
+    visual: Tensor | None = None
     block: int = 0
     open_ended: bool = False
     pruned_by: str | None = None
     broken: bool = False
+    deltas: Tensor | None = None
     admitted: bool = False
 
     def at(self, layer: int) -> Segment:

@@ -17,6 +17,7 @@ from sparsevlm.runtime.cache_state import (
     static_length,
     whole,
 )
+from sparsevlm.runtime.gate import gate_step, visible
 from sparsevlm.runtime.masks import SegmentMasks
 
 if TYPE_CHECKING:
@@ -62,7 +63,13 @@ class Continuing:
             if segment.places is not None:
                 new = (torch.arange(n, device=hidden.device) + (self.seen - segment.shift)).expand(batch, -1)
                 segment.places = torch.cat([segment.places[:, : cached_length(cache, i)].to(hidden.device), new], 1)
-            self.step = SegmentMasks(self.hooks.family, segment.key_mask, cache, rope, positions, segment.places)
+            seen = segment.key_mask
+            if segment.gate is not None:
+                cached = cached_length(cache, i)
+                seen = whole(visible(seen, extended(segment.gate, cached, None, batch, n, hidden.device)), cache, i)
+            self.step = SegmentMasks(self.hooks.family, seen, cache, rope, positions, segment.places, segment.bias)
+        if i == self.hooks.gated and state.pictured is not None:
+            gate_step(self.hooks, state, i, hidden, cache)
         return self.step
 
     def _masks_new(self, n: int) -> bool:

@@ -15,17 +15,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparsevlm.core.packing import take
-from sparsevlm.runtime import generation, inputs, ownership
+from sparsevlm.runtime import axes, bias, generation, inputs, ownership
 from sparsevlm.runtime.cache_guard import admit, lock, unlock
 from sparsevlm.runtime.cache_state import CacheState, cached_length, seen_tokens, state_of
 from sparsevlm.runtime.continuing import Continuing, keep_first_mask
 from sparsevlm.runtime.families import locate, unwrapped
+from sparsevlm.runtime.injections import Injections
 from sparsevlm.runtime.parts import part
+from sparsevlm.runtime.places import restored
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.projections import Projections
 from sparsevlm.runtime.prompt import Prompt, read_prompt
-from sparsevlm.runtime.rows import column
 from sparsevlm.runtime.trace import Trace
 
 _PASSED_BY = (
@@ -51,8 +51,10 @@ class Hooks:
 
     Attributes:
         thread: the one that may call the model.
+        gated: first layer to whose cache the method decides what is written; None = everything.
         calling: whether the outermost module is being called.
         visual, mask, prefill: of that call; nothing is left of it when it ends, also by an error.
+        asleep: whether the method itself calls the model (`ownership.asleep`).
         generating: whether `generate()` runs; prompt_length, prunable: of its prompt.
     """
 
@@ -65,6 +67,7 @@ class Hooks:
             raise ValueError(f"visual_mask must be [B, L] bool, not {tuple(visual_mask.shape)} {visual_mask.dtype}")
         method.check(self.family)
         self.attached = method.attach(self.family)
+        self.gated = method.gated_layer(self.attached)
         self.given = None if visual_mask is None else inputs.GivenMask(visual_mask)
         self.trace = Trace()
         self.handles: list = []
@@ -73,11 +76,11 @@ class Hooks:
         self.described = repr(method)
         outer = getattr(self.family.outer, "_orig_mod", self.family.outer)
         self.parameters = list(inspect.signature(type(outer).forward).parameters)[1:]
-        self.generating, self.prunable, self.warned = False, False, False
+        self.generating, self.prunable, self.warned, self.asleep = False, False, False, False
         self.prompt_length: int | None = None
         self.own_positions = True  # position_ids of the call are the caller's own, not generate()'s
         self.own_generate = vars(model).get("generate")  # set on this object by the user
-        self.projections, self.later = Projections(self), Continuing(self)
+        self.projections, self.later, self.injections = Projections(self), Continuing(self), Injections(self.family)
         self.cache_state: CacheState | None = None  # of a pruned cache that the call goes on with
         self._forget()
 
@@ -86,6 +89,8 @@ class Hooks:
         family = self.family
         keep = self.handles.append
         keep(family.outer.register_forward_pre_hook(self._on_call, with_kwargs=True))
+        if family.injections:
+            keep(family.decoder.register_forward_pre_hook(self.injections.take, with_kwargs=True))
         keep(family.decoder.register_forward_hook(self._on_output))
         keep(family.outer.register_forward_hook(self._after_call))  # last, also on the same module
         for i, layer in enumerate(family.decoder.layers):
@@ -114,6 +119,8 @@ class Hooks:
     # ---- one call --------------------------------------------------------------------------------------------------
     def _on_call(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """The outermost module: find the visual tokens. Decode steps do nothing here, so nothing is waited for."""
+        if self.asleep:
+            return
         self.check_thread()
         if args:
             kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
@@ -122,7 +129,7 @@ class Hooks:
         self.calling, self.mask, self.positions = True, kwargs.get("attention_mask"), kwargs.get("position_ids")
         self.cache_state = admit(cache, self.described)
         ids = self._ids(kwargs.get("input_ids"), kwargs)
-        self._announce(ids, kwargs)
+        self._announce(self._of_prompt(ids, cache), kwargs)
         pictured = ids is not None and inputs.has_pixels(kwargs)
         if self.given is not None:
             self.visual = self.given.of(ids if embeds is None else embeds, cache, self.generating)
@@ -132,11 +139,16 @@ class Hooks:
             self.visual = inputs.visual_tokens(self.family, ids)
         else:
             inputs.refuse_unmarked(embeds, cache)
-        if self.visual is not None and not self.generating and not torch.compiler.is_compiling():
-            generation.refuse_from_above(self.family.outer)
+        if self.visual is not None and not self.generating:
+            axes.check_pictures(self.family, kwargs.get("input_ids"), kwargs)
+            if not torch.compiler.is_compiling():
+                generation.refuse_from_above(self.family.outer)
+        if not self.generating:  # else generate() has shown its prompt
+            self.method.look_ahead(self.attached, ids, self.visual, kwargs)
 
     def _after_call(self, module: nn.Module, args: tuple, out) -> None:
-        self._forget()
+        if not self.asleep:
+            self._forget()
 
     def call_failed(self) -> None:
         """Leave nothing of a call for the next one."""
@@ -155,15 +167,23 @@ class Hooks:
         self.mask = self.positions = None  # attention_mask and position_ids, as the caller gave them
         self.prefill: Prefill | None = None
         self.later.step = None
+        self.injections.forget()
 
     def check_prompt(self, ids: Tensor | None, kwargs: dict) -> None:
         """Refuse what generate() could not prune, and announce the pictures of its prompt."""
         tokens = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if self.given is not None and isinstance(tokens, Tensor) and not seen_tokens(kwargs.get("past_key_values")):
             self.given.check_prompt(tokens)
+        if inputs.has_pixels(kwargs) or (self.given is not None and not seen_tokens(kwargs.get("past_key_values"))):
+            axes.check_pictures(self.family, ids, kwargs)
         ids = self._ids(ids, kwargs)
         if ids is not None:
-            self._announce(inputs.new_tokens(ids, kwargs), kwargs)
+            ids = inputs.new_tokens(ids, kwargs)
+            self._announce(ids, kwargs)
+        visual = None
+        if ids is not None and inputs.has_pixels(kwargs):
+            visual = inputs.visual_tokens(self.family, ids) if self.given is None else self.given.mask
+        self.method.look_ahead(self.attached, ids, visual, kwargs)
 
     def may_prune(self, kwargs: dict) -> bool:
         """Whether a call with these arguments may bring visual tokens."""
@@ -175,6 +195,10 @@ class Hooks:
         if embeds is not None and self.family.visual_ids and inputs.has_pixels(kwargs):
             return inputs.placeholder_ids(self.family, embeds)
         return ids if isinstance(ids, Tensor) else None
+
+    def _of_prompt(self, ids: Tensor | None, cache) -> Tensor | None:
+        """Those of the ids [B, L] of a call that generate() was given, not what it has generated or guessed."""
+        return ids if ids is None or self.prompt_length is None else ids[:, : self.prompt_length - seen_tokens(cache)]
 
     def _announce(self, ids: Tensor | None, kwargs: dict) -> None:
         """Tell the method whose pictures are about to be encoded: those of `ids`, tokens that no cache holds yet."""
@@ -189,6 +213,8 @@ class Hooks:
         Raises:
             ValueError: the decoder or a layer was called directly, and where visual tokens are is not known.
         """
+        if self.asleep:
+            return None
         self.check_thread()
         if not self.calling:
             raise ValueError(_PASSED_BY.format(type(self.family.outer).__name__))
@@ -196,15 +222,17 @@ class Hooks:
         cache = kwargs.get("past_key_values")
         if i == 0:
             self._begin(hidden, kwargs, cache)
+        new = self.injections.add(i, hidden, None if self.prefill is None else self.prefill.source)
         if self.prefill is not None:
-            new = self.prefill.enter(i, hidden)
+            new = self.prefill.enter(i, new)
             masks = self.prefill.segment_masks
         else:
-            new, masks = hidden, self.later.masks(i, hidden, kwargs, cache)
-        if masks is None:
+            masks = self.later.masks(i, new, kwargs, cache)
+        if masks is None and new is hidden:
             return None
-        with part("masks"):
-            kwargs = {**kwargs, **masks.kwargs(i, new)}
+        if masks is not None:
+            with part("masks"):
+                kwargs = {**kwargs, **masks.kwargs(i, new)}
         if args:
             return (new, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": new}
@@ -216,6 +244,8 @@ class Hooks:
         if cache is not None and length > 1 and cached_length(cache, 0) == 0:
             unlock(cache)  # a fresh or reset cache
         if visual is None:
+            state, own = getattr(cache, "sparsevlm", None), self.positions is None
+            axes.check_step(self.family, kwargs["position_embeddings"], length, state, own)
             self._refuse_parts(cache, length, None)
             return
         if self.given is not None and cache is not None:
@@ -240,6 +270,7 @@ class Hooks:
         self._check_call(prompt, key_mask, held, cache)
         if cache is not None:
             state_of(cache).tell(past + length, key_mask, length, prompt.padded)
+            state_of(cache).deltas = getattr(self.family.outer, "rope_deltas", None)
         if prompt.padded:
             key_mask = key_mask.to(hidden.device)
             if cache is not None:
@@ -253,15 +284,17 @@ class Hooks:
         stages = self.method.stages(prompt.counts, self.family.n_layers, self.attached)
         if not stages:
             return
-        kept = any(self.method.positions_after(layer) == "original" for layer in stages)
-        inputs.check_backend(self.family, kept)
+        numbering = {self.family.positions_after(self.method, layer) for layer in stages}
+        inputs.check_backend(self.family, "original" in numbering)
+        if self.method.adds_bias:
+            bias.check_backend(self.family)
         if self.prompt_length is None:  # generate() takes 2D masks only
             inputs.check_mask(self.mask, self.family, key_mask, held, prompt.length)
         if self.own_positions:
             flash = "flash" in self.family.decoder.config._attn_implementation and len(prompt.real) == 1
             packed = self.mask is None and (cache is None or flash)
-            renumber = any(self.method.positions_after(layer) == "renumber" for layer in stages)
-            inputs.check_positions(self.positions, prompt.real, packed, renumber)
+            positions = axes.counted(self.family, self.positions)
+            inputs.check_positions(positions, prompt.real, packed, "renumber" in numbering)
 
     def _refuse_parts(self, cache, length: int, prompt: Prompt | None) -> None:
         """Refuse a prompt that comes in parts, where it would be pruned otherwise than as a whole.
@@ -281,28 +314,16 @@ class Hooks:
         state.open_ended = False
 
     def _on_output(self, module: nn.Module, args: tuple, out):
-        """Give the caller a sequence of the length it passed in (zeros where tokens were dropped).
-
-        Of a prompt that ends with an image whose last token was dropped, the last survivor stands in the last place,
-        too: that is where the next token is read.
-        """
-        prefill, self.prefill, self.later.step = self.prefill, None, None
-        if prefill is None or prefill.source is None:  # no row has moved
+        """Give the caller a sequence of the length it passed in."""
+        if self.asleep:
             return None
-        if prefill.cache is not None:
+        prefill, self.prefill, self.later.step = self.prefill, None, None
+        if prefill is None:
+            return None
+        if prefill.cache is not None and (prefill.source is not None or self.gated is not None or self.method.rereads):
             lock(prefill.cache, self.described)
-        hidden, real = out.last_hidden_state, None
-        if prefill.key_mask is not None:
-            real = prefill.key_mask[:, -prefill.length :]
-            hidden = hidden * real[..., None]
+        if prefill.source is None:  # no row has moved
+            return None
         with part("gathering"):
-            full = hidden.new_zeros(hidden.shape[0], prefill.prompt.length, hidden.shape[2])
-            source = prefill.source.to(hidden.device)
-            out.last_hidden_state = full.scatter_add_(1, source[..., None].expand_as(hidden), hidden)
-            if not prefill.prompt.text.any(1).all():
-                end = column(prefill.prompt.last, hidden.device)
-                before = source <= end if real is None else (source <= end) & real.to(end.device)
-                row = torch.where(before, torch.arange(source.shape[1], device=end.device), 0).amax(1, keepdim=True)
-                place = end[..., None].expand(-1, -1, hidden.shape[2])
-                full.scatter_(1, place, take(hidden, row))
+            out.last_hidden_state = restored(prefill, out.last_hidden_state)
         return out

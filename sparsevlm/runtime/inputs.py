@@ -43,6 +43,23 @@ def visual_tokens(family: Family, ids: Tensor) -> Tensor:
     return sum(ids == i for i in family.visual_ids).bool()
 
 
+def real_tokens(mask: Tensor | None, ids: Tensor, family: Family) -> np.ndarray:
+    """[B, L] bool on the host: which of the new tokens `ids` of a call are no padding.
+
+    Args:
+        mask: attention_mask of the call, [B, L or more], None = all are real.
+
+    Raises:
+        ValueError: a mask that is not 2D, or none beside padding.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask[:, -ids.shape[1] :].cpu().numpy().astype(bool)
+    padding = family.decoder.config.pad_token_id
+    if mask is not None or (not ids.is_meta and padding is not None and bool((ids == padding).any())):
+        raise ValueError("a guide must know what is padding. Pass a 2D attention_mask")
+    return np.ones(tuple(ids.shape), bool)
+
+
 def new_tokens(ids: Tensor, kwargs: dict) -> Tensor:
     """Those of the ids [B, L] given to `generate` that its cache does not hold (transformers: `_prefill`)."""
     mask = kwargs.get("attention_mask")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from sparsevlm.runtime.bias import LogitBias
 from sparsevlm.runtime.families import Family
 
 
@@ -28,10 +29,17 @@ def padding_from(mask, past: int, length: int) -> Tensor | None:
 
 
 def causal_mask(
-    family: Family, layer: int, hidden: Tensor, key_mask: Tensor | None, cache, places: Tensor | None = None
+    family: Family,
+    layer: int,
+    hidden: Tensor,
+    key_mask: Tensor | None,
+    cache,
+    places: Tensor | None = None,
+    skip: bool = True,
 ):
     """The mask of one layer in the backend's own format, sized for that layer's cache.
 
+    `skip`: None where the mask is causal and no more, which the backend knows.
     A sliding window counts in `places` [B, cached + L] of the tokens (`Segment.places`); None = one after the other.
     No position_ids are passed: gaps in them would be taken for packed sequences (transformers masking_utils).
     """
@@ -49,7 +57,8 @@ def causal_mask(
         attention_mask=key_mask,
         past_key_values=cache,
         layer_idx=layer,
-        allow_is_causal_skip=key_mask is None,  # else every value of the mask is read on the host, at each step
+        allow_is_causal_skip=skip
+        and key_mask is None,  # else every value of the mask is read on the host, at each step
     )
 
 
@@ -64,17 +73,20 @@ class SegmentMasks:
         rope=None,
         position_ids: Tensor | None = None,
         places: Tensor | None = None,
+        bias: LogitBias | None = None,
     ):
         self.family, self.key_mask, self.cache, self.places = family, key_mask, cache, places
-        self.rope, self.position_ids = rope, position_ids
+        self.rope, self.position_ids, self.bias = rope, position_ids, bias
         self._masks: dict = {}
 
     def kwargs(self, layer: int, hidden: Tensor) -> dict:
         """What replaces the model's own arguments in `layer`; must be asked before that layer runs."""
-        window = self.family.window(layer)
-        if window not in self._masks:
-            self._masks[window] = causal_mask(self.family, layer, hidden, self.key_mask, self.cache, self.places)
-        out = {"attention_mask": self._masks[window]}
+        kind = self.family.window(layer) if self.bias is None else layer == 0
+        if kind not in self._masks:
+            plain = self.bias is None
+            mask = causal_mask(self.family, layer, hidden, self.key_mask, self.cache, self.places, plain)
+            self._masks[kind] = mask if plain else self.bias.added_to(mask, layer, hidden.dtype)
+        out = {"attention_mask": self._masks[kind]}
         if self.rope is not None:
             # gaps in position_ids look like packed sequences to FlashAttention; the rotation is in position_embeddings
             out |= {"position_ids": self.position_ids, "position_embeddings": self.rope}

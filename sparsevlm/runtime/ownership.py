@@ -49,6 +49,22 @@ def owning(hooks: Hooks) -> Iterator[None]:
             del _owners[decoder]
 
 
+def owned(decoder: nn.Module) -> bool:
+    """Whether a method is active on the model of this decoder."""
+    return decoder in _owners
+
+
+@contextmanager
+def asleep(decoder: nn.Module) -> Iterator[None]:
+    """Let the model of this decoder compute as if no method were active on it, for what the method runs through it."""
+    hooks = _owners[decoder]
+    hooks.asleep = True
+    try:
+        yield
+    finally:
+        hooks.asleep = False
+
+
 def own(model: nn.Module, family: Family, changed: list[tuple[nn.Module, type]]) -> None:
     """Give the model, and every module below it that has hooks or will get them, a subclass of its class.
 

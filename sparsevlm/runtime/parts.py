@@ -4,6 +4,8 @@
 language model), and does nothing unless somebody watches. Times (`collect`) and multiply-adds (`cost/counters.py`) are
 booked by the same marks: what is inside a part is the method's, everything else the model's. The parts:
 
+- "guide": a second model that runs first (`runtime/guide.py`), with its tower and projector: a cost of its own, which
+  counts as neither the method's own work nor the model's;
 - "prompt": reading where visual tokens, text and padding are, and what the question is;
 - "pictures": what a method that acts before the language model makes of the pictures' tokens: scores, choice, merging;
 - "raters": choosing the text tokens that rate, from the embeddings;
@@ -20,7 +22,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
-PARTS = ("prompt", "pictures", "raters", "scores", "selection", "recycling", "gathering", "masks")
+GUIDE = "guide"
+PARTS = (GUIDE, "prompt", "pictures", "raters", "scores", "selection", "recycling", "gathering", "masks")
 Watcher = Callable[[str | None], AbstractContextManager]
 
 

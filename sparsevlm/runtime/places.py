@@ -1,4 +1,4 @@
-"""Positions of the rows that are left of a prompt, and the places in which sliding windows count."""
+"""Where the rows that are left of a prompt stand: their positions, sliding windows, and the caller's own rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def take_rope(p: Prefill, index: Tensor, length: int) -> None:
-    """Let rows `index` [B, N] of `length` keep their rotation, and their distances under a sliding window."""
+    """Let rows `index` [B, N] of `length` keep their rotation, and their distances under a sliding window.
+
+    Where the method says so, they take those of other rows.
+    """
+    index = p.method.stand_at(p, index)
     if p.family.sliding:
         places = (p.numbers[:length] - length).expand(p.batch, -1) if p.places is None else p.places
         p.places = places.gather(1, index)
@@ -76,3 +80,24 @@ def window_bias(p: Prefill, layer: int, tail: int, held: int, dtype: torch.dtype
         return bias
     far = places[:, -tail:, None] - places[:, None, cached - held :] >= window
     return bias.expand(p.batch, 1, -1, -1).masked_fill(far[:, None], torch.finfo(dtype).min)
+
+
+def restored(p: Prefill, hidden: Tensor) -> Tensor:
+    """The text model's output [B, L, D] at the length of the call's input; zeros where tokens were dropped.
+
+    Of a prompt that ends with an image whose last token was dropped, the last survivor stands in the last place, too:
+    that is where the next token is read.
+    """
+    real = None
+    if p.key_mask is not None:
+        real = p.key_mask[:, -p.length :]
+        hidden = hidden * real[..., None]
+    full = hidden.new_zeros(hidden.shape[0], p.prompt.length, hidden.shape[2])
+    source = p.source.to(hidden.device)
+    full = full.scatter_add_(1, source[..., None].expand_as(hidden), hidden)
+    if p.prompt.text.any(1).all():
+        return full
+    end = column(p.prompt.last, hidden.device)
+    before = source <= end if real is None else (source <= end) & real.to(end.device)
+    row = torch.where(before, torch.arange(source.shape[1], device=end.device), 0).amax(1, keepdim=True)
+    return full.scatter_(1, end[..., None].expand(-1, -1, hidden.shape[2]), take(hidden, row))

@@ -14,6 +14,7 @@ from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.recycling import recycled_counts
 from sparsevlm.core.scores import causal_bias, rank_by_score
 from sparsevlm.runtime import records
+from sparsevlm.runtime.bias import LogitBias
 from sparsevlm.runtime.cache_guard import report_seen_tokens
 from sparsevlm.runtime.cache_state import (
     Segment,
@@ -26,6 +27,7 @@ from sparsevlm.runtime.cache_state import (
 from sparsevlm.runtime.decision import Decision
 from sparsevlm.runtime.early import can_drop_early, drop_early
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.gate import gate_prefill, pictured, visible
 from sparsevlm.runtime.masks import FixedMask, SegmentMasks
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.places import key_places, renumber, take_rope
@@ -74,6 +76,7 @@ class Prefill(HasRows):
             method.schedule(n, layers, attached) if n else Schedule(0, layers, (), (), (), ()) for n in self.n_visual
         ]
         self._check_something_stays()
+        self.gated = method.gated_layer(attached)
         self.points = sorted({layer for s in self.schedules for layer in s.layers})
         self.text_valid = None if prompt.text.all() else torch.from_numpy(prompt.text).to(device)
         self.source: Tensor | None = None
@@ -93,6 +96,8 @@ class Prefill(HasRows):
         self.pending: Decision | None = None
         self.renumbered = False
         self.record = PrefillRecord(list(prompt.n_visual), list(self.tokens), family.n_layers)
+        asked = method.budget if isinstance(method.budget, int) else 0
+        self.record.clamped = [0 < n < asked for n in prompt.n_visual]
         with part("raters"):
             method.begin(self, hidden)
 
@@ -173,6 +178,8 @@ class Prefill(HasRows):
         elif self.cache is not None and state_of(self.cache).starts_own_masks(layer):  # an earlier turn was pruned here
             with part("masks"):
                 self._begin_segment(layer, hidden)
+        if layer == self.gated:
+            self._gate(layer, hidden, decision is not None)
         if layer in self.points and not self.method.scores_next:
             stage = self._stage(layer, layer, hidden)
             self.pending = self._decide(stage)
@@ -184,6 +191,20 @@ class Prefill(HasRows):
         if self.method.scores_entered and layer in self.points:
             self.entered = hidden
         return hidden
+
+    def _gate(self, layer: int, hidden: Tensor, begun: bool) -> None:
+        """Let generated tokens see of each other what was written; from here on caches have masks of their own."""
+        mask = gate_prefill(self, hidden)
+        with part("masks"):
+            if mask is not None:
+                self.key_mask = mask
+                places = key_places(self, 0, Segment())
+                self.segment_masks = SegmentMasks(self.family, mask, None, self.rope, places=places)
+            elif self.cache is not None:
+                if not begun:
+                    self._begin_segment(layer, hidden)
+                state, now = state_of(self.cache), pictured(self)
+                state.pictured = now if state.pictured is None else state.pictured.to(now.device) | now
 
     def _stage(self, layer: int, module: int, hidden: Tensor) -> Stage:
         return Stage(self, layer, module, hidden, self.rows)
@@ -222,12 +243,13 @@ class Prefill(HasRows):
         details = partial(records.stage_details, scores, order, keep, stage.n_visual, whole, *now)
         tokens_in = [n + w for n, w in zip(stage.n_visual, whole, strict=True)]
         tokens_out = [k + m + w for k, m, w in zip(keep, merged, whole, strict=True)]
-        self.record.stages.append(StageRecord(stage.layer, tokens_in, tokens_out, list(merged), details))
+        positions = self.family.positions_after(self.method, stage.layer)
+        self.record.stages.append(StageRecord(stage.layer, tokens_in, tokens_out, list(merged), details, positions))
         self.method.annotate(self.record.stages[-1], self)
 
     def _apply(self, d: Decision, hidden: Tensor) -> Tensor:
         """Drop, merge and reorder: from the rows of one segment to those of the next."""
-        original = self.method.positions_after(d.layer) == "original"
+        original = self.family.positions_after(self.method, d.layer) == "original"
         hidden = self.method.before_drop(self, d.layer, hidden)
         if isinstance(self.rows, Block):
             if not d.uniform:
@@ -287,22 +309,33 @@ class Prefill(HasRows):
         # not of `segment`: a new one begins with what this call has made of the one before
         before = self.earlier.at(layer) if cached and self.earlier is not None else Segment()
         shift = before.shift
-        self.key_mask = extended(before.key_mask, cached, real, self.batch, self.length, hidden.device)
+        held = before.key_mask if before.gate is None else visible(before.key_mask, before.gate[:, :cached])
+        self.key_mask = extended(held, cached, real, self.batch, self.length, hidden.device)
         if layer == 0 and segment is not None:
             state = state_of(self.cache)
             state.dropped_at_input = (state.dropped_at_input or 0) + self.prompt.length - self.length
             report_seen_tokens(self.cache)
-        if self.method.positions_after(layer - 1) == "renumber":
+        if self.family.positions_after(self.method, layer - 1) == "renumber":
             shift = renumber(self, padding, shift, hidden)
             self.renumbered, self.places = True, None
         elif self.renumbered and segment is not None:  # at an earlier stage of this call: the positions stay as there
             shift = state_of(self.cache).at(layer - 1).shift
         self.shift = shift
         places = key_places(self, cached, before)
+        bias = self._logit_bias(layer, before.bias, cached)
         if segment is not None:
+            segment.bias = bias and bias.keys_only()
             segment.key_mask, segment.shift = whole(self.key_mask, self.cache, layer), shift
-            segment.places = places
-        self.segment_masks = SegmentMasks(self.family, self.key_mask, self.cache, self.rope, places=places)
+            segment.places, segment.gate = places, None  # what was gated before is masked for good
+        self.segment_masks = SegmentMasks(self.family, self.key_mask, self.cache, self.rope, places=places, bias=bias)
+
+    def _logit_bias(self, layer: int, before: LogitBias | None, cached: int) -> LogitBias | None:
+        """What is added to the logits of all layers from `layer` on; `before`: what earlier turns left there."""
+        bias = self.method.logit_bias(self) if layer == 0 else None
+        if bias is None and before is not None:
+            none = torch.zeros(self.batch, self.length, device=self.device)
+            bias = LogitBias(none, none)
+        return bias and bias.after(before, cached)
 
     def _to(self, device: torch.device) -> None:
         """Follow the states to another device (models spread over several)."""

@@ -23,6 +23,7 @@ class Prompt:
         text: [B, tail] bool, tokens of the prompt after its last visual token (right-aligned with the sequence).
         padded: whether anything, also in earlier turns, is padding.
         last: position of the prompt's last token, per sample.
+        generated: how many of the last tokens are no part of the prompt.
     """
 
     length: int
@@ -34,11 +35,18 @@ class Prompt:
     text: np.ndarray
     padded: bool
     last: list[int]
+    generated: int = 0
 
     @property
     def counts(self) -> list[int]:
         """Tokens that may be dropped, per sample."""
         return self.visual.sum(1).tolist()
+
+    @property
+    def runs(self) -> list[list[int]]:
+        """Per sample the lengths of its runs of tokens that may be dropped, text (or the prompt's ends) around them."""
+        edges = np.diff(np.pad(self.visual, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        return [(np.flatnonzero(row == -1) - np.flatnonzero(row == 1)).tolist() for row in edges]
 
     @property
     def open_ended(self) -> bool:
@@ -96,4 +104,6 @@ def read_prompt(
     text = (asked & (np.arange(length) > last[:, None]))[:, length - tail :]
     droppable = host & text.any(1)[:, None] if needs_text else host
     ends = np.where(asked, np.arange(length), 0).max(1)
-    return Prompt(length, past, droppable, mask[:, -length:], n_visual, tail, text, not mask.all(), ends.tolist())
+    generated = 0 if limit is None else max(0, length - int(limit))
+    real, padded = mask[:, -length:], not mask.all()
+    return Prompt(length, past, droppable, real, n_visual, tail, text, padded, ends.tolist(), generated)

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.families import RECORDS, Family
 from sparsevlm.runtime.network import Network
+
+#: Attributes that hold towers, and what these read.
+TOWERS = {"vision_tower": "image", "image_tower": "image", "video_tower": "video"}
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,15 @@ def find_towers(family: Family, name: str) -> list[Tower]:
     Raises:
         ValueError: the model has none, or not one that `name` can act in; says why.
     """
-    config = getattr(family.outer, "config", None)
-    found = [
-        (kind, getattr(family.outer, attribute))
-        for attribute, kind in (("vision_tower", "image"), ("image_tower", "image"), ("video_tower", "video"))
-        if hasattr(family.outer, attribute)
-    ]
-    if not found:
+    config, record = getattr(family.outer, "config", None), family.record
+    if record is None or not record.grid:
+        why = "has no vision tower" if record is None else "lays out the projector's rows anew"
+        grids = ", ".join(r.title for r in RECORDS.values() if r.grid)
         raise ValueError(
-            f"method {name!r} acts in the vision tower or the projector; this {config.model_type!r} model has neither. "
-            "Use a LLaVA model, or a method that acts in the language model"
+            f"method {name!r} acts in the vision tower or the projector and needs one row per patch; this "
+            f"{config.model_type!r} model {why}. Use {grids}, or a method that acts in the language model"
         )
+    found = [(kind, getattr(family.outer, attribute)) for attribute, kind in record.towers.items()]
     at, strategy = feature_choice(config)
     if not isinstance(at, int):
         raise ValueError(f"method {name!r} needs features of one layer; vision_feature_layer is {at}")

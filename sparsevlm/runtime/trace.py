@@ -21,6 +21,8 @@ class StageRecord:
         tokens_in: visual tokens that entered.
         tokens_out: visual tokens that were left, recycled ones included.
         recycled: merged tokens made here.
+        positions: position ids of what was left: its own ("original") or counted anew ("renumber"). A model whose
+            positions have several axes keeps them, whatever the method's option says.
     """
 
     layer: int
@@ -28,9 +30,11 @@ class StageRecord:
     tokens_out: list[int]
     recycled: list[int]
     _details: Callable[[], tuple[list, list, list]] | None = field(repr=False)
+    positions: str = "original"
 
     @cached_property
     def _worked_out(self) -> tuple[list, list, list]:
+        assert self._details is not None  # else it has been worked out
         return self._details()
 
     def __getstate__(self) -> dict:
@@ -62,6 +66,7 @@ class PrefillRecord:
         n_tokens: tokens of each sample, text included, padding excluded.
         n_layers: layers of the language model.
         stages: pruning points in order.
+        clamped: samples that have fewer visual tokens than the budget asks for: it counts as what they have.
     """
 
     n_visual: list[int]
@@ -69,10 +74,12 @@ class PrefillRecord:
     n_layers: int
     stages: list[StageRecord] = field(default_factory=list)
     _raters: Callable[[], list[Tensor]] | None = field(default=list, repr=False)
+    clamped: list[bool] = field(default_factory=list)
 
     @cached_property
     def raters(self) -> list[Tensor]:
         """Per sample the positions of the rater tokens in the input, int64 (empty for methods without raters)."""
+        assert self._raters is not None  # else they have been worked out
         return self._raters() or [torch.empty(0, dtype=torch.long) for _ in self.n_visual]
 
     @property

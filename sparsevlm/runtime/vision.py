@@ -46,6 +46,7 @@ class Pictures:
         states: [n, 1 + P, d] output of the feature layer: CLS and all patches; None if not asked for.
         queries, keys: [n, 1 + P, d] raw projections of that layer; None if not asked for.
         relevance: [n, N] what a method found about the visual tokens of all pictures together.
+        more: [n, ...] what else a method captured in the tower, or found, by name.
     """
 
     tower: Tower
@@ -54,12 +55,14 @@ class Pictures:
     queries: Tensor | None = None
     keys: Tensor | None = None
     relevance: Tensor | None = None
+    more: dict[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, rows: list[int]) -> Pictures:
         if rows == list(range(self.features.shape[0])):
             return self
         parts = ("features", "states", "queries", "keys", "relevance")
-        return replace(self, **{p: getattr(self, p)[rows] for p in parts if getattr(self, p) is not None})
+        more = {name: value[rows] for name, value in self.more.items()}
+        return replace(self, more=more, **{p: getattr(self, p)[rows] for p in parts if getattr(self, p) is not None})
 
     def cls_attention(self) -> Tensor:
         """[n, H, P] float32: what CLS pays each patch, of a softmax over all tokens; only its row is computed."""
@@ -101,12 +104,14 @@ class Reduced:
         origin: [n, T] int64, the visual token that each row is, or is the centre of; -1 = none.
         scores: [n, N] float scores of the visual tokens, None = the method has none.
         extra: number of rows whose origin is -1, of each picture; one number where all have the same.
+        sizes: [n, T] int64, visual tokens that were merged into each row; None = the method does not say.
     """
 
     rows: Tensor | None
     origin: Tensor
     scores: Tensor | None = None
     extra: int | list[int] = 0
+    sizes: Tensor | None = None
 
 
 @dataclass
@@ -212,7 +217,7 @@ class Vision:
         return out
 
     def keeper(self, name: str):
-        """A forward hook that makes the output the field `name` of `Pictures`."""
+        """A forward hook that makes the output the field `name` of `Pictures`, or an entry of `more`."""
 
         def keep(module: nn.Module, args: tuple, out) -> None:
             self.captured[name] = out[0] if isinstance(out, tuple) else out
@@ -284,7 +289,9 @@ class Vision:
 
     def _make(self, features: Tensor) -> Encoding:
         e = self.encoding
-        pictures = Pictures(e.tower, features, **self.captured)
+        known = {name: value for name, value in self.captured.items() if name in Pictures.__dataclass_fields__}
+        more = {name: value for name, value in self.captured.items() if name not in known}
+        pictures = Pictures(e.tower, features, more=more, **known)
         e.reduced = self.method.encode(self, pictures, e)
         return e
 

@@ -238,18 +238,6 @@ def test_prompt_layout():
     assert make_prompt(load_config("mini"), 12, seed=3).inputs["input_ids"].equal(real.inputs["input_ids"])
 
 
-def test_the_command_prints_a_table(capsys):
-    flops.main(["--model", "mini", "--method", "none", "sparsevlm", "--budget", "64", "--text-tokens", "12"])
-    out = capsys.readouterr().out
-    prefill = flops.prefill_gmacs(mini("sparsevlm", 64))
-    assert "12 non-visual tokens" in out
-    assert f"| mini | sparsevlm | 64 | 111.1 | 64.0 | {prefill:,.2f} | {2 * prefill:,.2f} |" in out
-    assert "| mini | none | full | 576.0 | 576.0 |" in out
-    with pytest.raises(SystemExit) as stop:
-        flops.main(["--model", "mini", "--budget", "10000"])
-    assert stop.value.code == 2 and "10000" in capsys.readouterr().err
-
-
 def test_fvcore_is_imported_only_to_count():
     code = "import sys, sparsevlm.cost.flops, sparsevlm.cost.latency; sys.exit('fvcore' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

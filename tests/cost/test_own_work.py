@@ -9,12 +9,13 @@ from transformers import CLIPVisionConfig, LlavaConfig
 import sparsevlm
 from sparsevlm.cost import counters, flops
 from sparsevlm.cost.shapes import make_prompt
-from tests.tiny import IMAGE, text_config
+from tests.tiny import IMAGE, llava, text_config
 
 N, TEXT, TAIL = 36, 14, 10  # visual tokens; text tokens; those of them after the picture
 L = N + TEXT
 D, HEADS, KV, WIDTH, MLP, LAYERS, VOCAB = 64, 4, 32, 16, 128, 6, 100  # language model; KV: width of all keys together
 V, V_WIDTH, V_MLP, V_LAYERS = 32, 16, 64, 4  # tower: width, width of a head, MLP, layers; the last but one is read
+SMALL = llava(layers=2)  # its tower has two layers
 OPTIONS = {"layers": (1, 3), "keep": (18, 7)}
 
 
@@ -63,6 +64,13 @@ def next_layer_stage(length: int) -> int:
     return D * D + length * D * KV + rows(1, length) + HEADS * length
 
 
+def text_stage(visual: int) -> int:
+    """Rows of the text in the next layer, their mean, and the visual tokens' similarities."""
+    length = TEXT + visual
+    own = TAIL * D * D + length * D * KV
+    return own + rows(TAIL, length) + HEADS * TAIL * length + visual * visual * D
+
+
 def fold_stage(length: int, visual: int) -> int:
     """FiCoCo-L: text's mean, indirect correlation through the text, and folding the discarded tokens."""
     return all_rows_stage(length) + TAIL * visual + visual * TAIL * visual + visual * visual * D
@@ -87,6 +95,12 @@ def aim(*visual: int) -> int:
 def dropped_rows(queries: int, length: int) -> int:
     """Attention of rows that the layer does not compute: their queries are computed for it alone."""
     return queries * D * D + rows(queries, length)
+
+
+def image_predictor(tokens: int, width: int = 64, inner: int = 128) -> int:
+    """Down, one block of attention among the tokens and feed-forward, and the head of three layers, on each token."""
+    block = 4 * width * width + 2 * width * inner + 2 * tokens * width
+    return tokens * (D * width + block + width * width // 2 + width * width // 8 + width // 4 * 2)
 
 
 RATERS = N * TAIL * D
@@ -114,8 +128,10 @@ OWN = [
     # keeps the rank; of 25 dropped int(.3 n) + 1 = 8 become one
     ("sparsevlm_rank", None, {"rank": 11, "rule": "video", "layers": (1,)},
      RATERS + rows(TAIL, L) + HEADS * TAIL * L + 8 * D),
+    ("sgl", None, {"k": 2, "keep": 9, "guide": "self"}, 0),  # what the guide does is counted apart
     ("pyramiddrop", None, {"layers": (1, 3), "ratios": (0.5, 0.25)}, next_layer_stage(L) + next_layer_stage(TEXT + 18)),
     ("dart", None, {"k": 2, "keep": 12}, L * D * KV + (4 + 4) * N * D),
+    ("dynamic_llava", None, {"predictor": "untrained", "k": 2, "keep": 12}, image_predictor(N)),
     ("ficoco_l", None, {"start": 3, "r": 20}, fold_stage(L, N) + fold_stage(TEXT + 16, 16)),
     ("aim", None, {"merge_to": 20, "first": 3, "last": 4, "start": "kept"}, aim(20, 10)),
     # the 10 dropped tokens go through the first of the two layers (its values are computed again); the second asks them
@@ -135,6 +151,17 @@ OWN = [
     ("fastervlm", 12, {}, CLS_ROW),
     ("vispruner", 12, {}, CLS_ROW + N * N * V),
     ("divprune", 12, {}, N * N * D),
+    ("scope", 12, {}, CLS_ROW + N * N * V),
+    ("holov", 12, {}, CLS_ROW),
+    ("mmtok", 12, {}, TEXT * N * D + N * N * V),  # as if every text token were a word
+    # 6 kept; the 30 others are compared and merged into 6; distances of all rows by their 16 sines and cosines
+    ("restore", 12, {}, CLS_ROW + 30 * 30 * D + 6 * 30 * D + (TEXT + 12) ** 2 * WIDTH),
+    ("restore", 12, {"base": "divprune", "calibrate": False}, N * N * D + 30 * 30 * D + 6 * 30 * D),
+    # patches, 12 and 6 tokens are compared; the text rates those in layers 2 and 5
+    ("tops", None, {"tokens": 6}, CLS_ROW + N * N * D + text_stage(12) + text_stage(6)),
+    # attention of two blocks; all patches join 22 by their projections; 22 tokens are rated in layer 3
+    ("vscan", 12, {}, 2 * CLS_ROW + 2 * N * 22 * D + next_layer_stage(TEXT + 22)),
+    ("yopo", None, {"cut": 3, "ffn": 0.5}, 0),
 ]  # fmt: skip
 IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(OWN)]
 
@@ -145,7 +172,9 @@ def test_own_work_recounted_by_hand(model, method, budget, options, own):
 
 
 def test_every_method_is_recounted():
-    assert {name for name, *_ in OWN} == {*sparsevlm.methods()} - {"cdpruner"}
+    assert {name for name, *_ in OWN} == {*sparsevlm.methods()} - {"anchorprune", "cdpruner"}
+    pictures_decide = {"atp_llava"}  # how many tokens there are to compute is unknown without running the model
+    assert {name for name, *_ in OWN} == {*sparsevlm.methods()} - {"cdpruner"} - pictures_decide
 
 
 def layer_macs(n: int) -> int:
@@ -157,6 +186,42 @@ def tower_macs(*tokens: tuple[int, int]) -> int:
     """Patches, then layers of so many tokens in attention and in the MLP."""
     layers = sum(n * 4 * V * V + 2 * n * n * V + 2 * m * V * V_MLP for n, m in tokens)
     return N * 7 * 7 * 3 * V + layers
+
+
+def guide_macs(layers: int, answer: int) -> int:
+    """A guide's layers on the whole prompt, the head for each new token, all of which but the last go through the
+    layers; and the rows from the last visual token on, whose attention is computed once more."""
+    prompt = layers * (layer_macs(L) + rows(1 + TAIL, L))
+    steps = (layers * (2 * D * D + 2 * D * KV + 3 * D * MLP + 3 * rows(1, L + i)) for i in range(1, answer))
+    return prompt + answer * D * VOCAB + sum(steps)
+
+
+OWN_TOWER = tower_macs(*[(1 + N, 1 + N)] * 2) + N * (V * D + D * D)
+GUIDES = [  # options, multiply-adds
+    ({"guide": "self", "answer_tokens": 0, "layers": 2}, guide_macs(2, 0)),
+    ({"guide": "self", "answer_tokens": 3}, guide_macs(6, 3)),
+    ({"guide": SMALL, "answer_tokens": 3}, guide_macs(2, 3) + OWN_TOWER),
+    ({"guide": SMALL, "answer_tokens": 0}, guide_macs(2, 0) + OWN_TOWER),
+    ({"guide": SMALL, "answer_tokens": 3, "shared": True}, guide_macs(2, 3)),
+]
+
+
+@pytest.mark.parametrize(("options", "macs"), GUIDES)
+def test_guide_recounted_by_hand_and_added_to_the_prefill(model, options, macs):
+    plan = {"k": 2, "keep": 9}
+    found, fastv = count(model, "sgl", None, plan | options), count(model, "fastv", None, plan)
+    assert found["guide"] * 1e9 == pytest.approx(macs, abs=1e-3)
+    assert found["method"] == 0 and fastv["guide"] == 0
+    for part in ("llm_prefill", "vision", "projector", "decode"):
+        assert found[part] == pytest.approx(fastv[part])
+    assert flops.prefill_gmacs(found) == pytest.approx(found["llm_prefill"] + found["guide"])
+    assert flops.first_token_gmacs(found) == pytest.approx(sum(found.values()) - found["decode"])
+    net = counters.meta_model(model)
+    prompt = make_prompt(net.config, TEXT, device="meta", dtype=net.dtype)
+    prefill = counters.Prefill(net, tuple(prompt.inputs))
+    with counters.countable(net), sparsevlm.build("sgl", **plan, **options)(net, prompt.visual_mask):
+        by_torch = flops.split(counters.torch_gmacs(prefill, tuple(prompt.inputs.values())), net)
+    assert by_torch == pytest.approx({part: found[part] for part in by_torch}, rel=1e-9)
 
 
 WHOLE, CALL = (1 + N, 1 + N), (1, 1)  # CALL: a layer's call of one token, in whose place the method computes the layer

@@ -13,7 +13,7 @@ import pytest
 
 import sparsevlm  # noqa: F401  # isort: skip  - before lmms-eval
 
-from eval.lmms_model import SparseVLMAdapter
+from eval.generate.lmms_model import SparseVLMAdapter
 from eval.run import CONFIGS
 from eval.tasks import FOLDER, TASKS
 from eval.tasks.generated import Generated
@@ -122,7 +122,7 @@ def test_lmms_evals_command_line_makes_this_versions_questions(name, tmp_path, m
 @pytest.mark.slow
 def test_lmms_evals_command_line_fails_loudly(tmp_path, monkeypatch):
     from eval.__main__ import main
-    from eval.asking import Asker, GenerationError
+    from eval.generate.generator import Asker, GenerationError
 
     def fails(*arguments):
         raise RuntimeError("broken")

@@ -11,9 +11,10 @@ import sparsevlm  # noqa: F401  # isort: skip  - before transformers
 
 from transformers import LlavaForConditionalGeneration
 
-from eval import evaluate, run, series
+from eval import run
 from eval.measure import latency
 from eval.run import main
+from eval.runs import digests, evaluate, series
 
 FAST = ["method=random", "budget=16", "limit=4", "batch_size=2"]
 
@@ -173,7 +174,7 @@ class TestFailures:
 class TestRecordedFailures:
     def spoil(self, monkeypatch, *bad: int):
         """Let the pictures of some documents be unreadable."""
-        from eval.asking import Asker
+        from eval.generate.generator import Asker
 
         original = Asker._prepare
 
@@ -262,9 +263,10 @@ class TestMultirun:
         assert "1 of 2 runs have no results; rerun the same command to resume" in out
 
     def test_a_task_that_fails_does_not_stop_those_after_it(self, monkeypatch, capfd):
-        original = evaluate._questions
+        original = digests.load_questions
         broken = lambda settings, *rest: original(settings, *rest) if settings.seed else 1 / 0  # noqa: E731
-        monkeypatch.setattr(evaluate, "_questions", broken)
+        broken.cache_clear = original.cache_clear
+        monkeypatch.setattr(digests, "load_questions", broken)
         assert main(["-m", "method=random", "budget=16", "limit=2", "task.seed=0,1"]) == 1
         assert [n.startswith(".") for n in folders()] == [False]  # without its questions, a run has no name
         assert "ZeroDivisionError" in capfd.readouterr().err
@@ -318,7 +320,7 @@ class TestExperiments:
             return []
 
         monkeypatch.setattr(latency, "measure", measure)
-        assert series.time_runs(runs, repeats=5, warmup=1, command="python -m eval.run x") == 0
+        assert latency.time_runs(runs, repeats=5, warmup=1, command="python -m eval.run x") == 0
         assert given["settings"][0] == ("none", "full", {}) and given["settings"][-1] == (
             "sparsevlm", 64, {"raters": "all"},
         )  # fmt: skip
@@ -334,7 +336,7 @@ class TestExperiments:
         folder.publish({"metrics.json": json.dumps({"cost": {"text_tokens": 4}})})
         monkeypatch.setattr(latency, "measure", lambda *a, **k: 1 / 0)
         monkeypatch.setattr(latency, "fingerprint", lambda *a: (_ for _ in ()).throw(ValueError("not so")))
-        assert series.time_runs(runs, repeats=1, warmup=0, command="") == 2
+        assert latency.time_runs(runs, repeats=1, warmup=0, command="") == 2
         assert capsys.readouterr().err == "error: latency: not so\n"
 
 

@@ -32,11 +32,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval import evaluate
-from eval.asking import Asker
+from eval.generate.generator import Asker
+from eval.runs import evaluate
 from scripts import make_tables
 from sparsevlm.mini import weights_dir
-from tests.eval.kills import outcome
+from tests.eval.runs.kills import outcome
 from tests.fuzz.runs import Ended, Failed, check_folder, command, finished, workplace
 
 RUN = ["method=random", "budget=16", "limit=3", "batch_size=1"]

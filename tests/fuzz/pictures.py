@@ -13,7 +13,7 @@ from tests.fuzz.case import FRAMES, Case, Turn
 from tests.fuzz.reference import Mismatch, tolerance
 
 VISION = tuple(name for name in names() if issubclass(method_class(name), VisionMethod))
-SELECTING = ("cdpruner", "divprune", "fastervlm", "vispruner")  # these hand on tokens as they are
+SELECTING = ("anchorprune", "cdpruner", "divprune", "fastervlm", "mmtok", "scope", "vispruner")  # tokens as they are
 
 
 def sizes(case: Case, parts: tuple) -> list[tuple[int, int]]:
@@ -37,6 +37,8 @@ def spent(case: Case, parts: tuple, total: int) -> list[int] | None:
         return [o["side"] ** 2] * len(room)
     if case.method == "visionzip" and o.get("dominant") is not None:
         return [o["dominant"] + o["contextual"]] * len(room)
+    if case.method == "vscan" and o.get("keep") is not None:
+        budget = o["keep"][0]
     if case.method == "aim" and o.get("merge_to") is not None:
         return [o["merge_to"]] * len(room)
     if budget in (None, "full"):
@@ -45,7 +47,7 @@ def spent(case: Case, parts: tuple, total: int) -> list[int] | None:
         return room
     if case.method == "downsample":
         return [isqrt(budget // len(room)) ** 2] * len(room)
-    left = total if case.method == "aim" else budget
+    left = total if case.method in ("aim", "tops", "vscan") else budget
     counts = [0] * len(room)
     while left:  # round by round, earlier pictures first
         for i, n in enumerate(room):

@@ -36,7 +36,7 @@ import yaml
 
 from eval.run import CONFIGS
 from eval.run import main as eval_run
-from eval.settings import ModelSettings
+from eval.runs.settings import ModelSettings
 
 N_VISUAL, SECONDS = 576, 120
 #: What a user cannot act on: the names of Python's own exceptions, as they come when a value was not checked.

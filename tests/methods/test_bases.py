@@ -17,20 +17,34 @@ from tests.tiny import inputs, llava
 # in this order, beside `budget`; recorded before there were bases
 OPTIONS = {
     "aim": "merge_to=None, first=None, last=None, prune=True, steps=5, temperature=0.1, start='all'",
+    "anchorprune": "clip=None, tokenizer=None, question=None, k_min=None, tau=0.2, patience=3, k_max=0.5",
+    "atp_llava": (
+        "layers=None, variant='normalised', modules=None, seed=0, shift=0.0, sampling=0.0625, spatial=True, "
+        "importance='both'"
+    ),
     "cdpruner": "clip=None, tokenizer=None, question=None",
     "dart": "k=None, keep=None, match='leaving', early_drop=True, visual_pivots=4, text_pivots=4",
     "divprune": "",
     "downsample": "side=None, of='picture'",
+    "dynamic_llava": "k=None, keep=None, match='leaving', early_drop=True, predictor=None, gate=False, seed=0",
     "fastervlm": "",
     "fastv": "k=None, keep=None, match='leaving', early_drop=True",
     "ficoco_l": "variant='paper', start=None, r=None, beta=0.6, gamma=0.6, epsilon=0.998, positions='renumber'",
     "ficoco_v": "variant='paper', start=None, lam=0.35, eps=0.998, window=2, scaling=2.0, merge=True",
     "folder": "alpha=None",
     "folder_simple": "",
+    "holov": "crops=16",
+    "mmtok": "alpha=0.5, text_temperature=0.02, vision_temperature=0.2, words='keywords', sizes=None",
     "none": "",
     "pyramiddrop": "layers=None, ratios=None, match='leaving', positions='renumber'",
     "random": "seed=0",
     "random_layer": "k=None, keep=None, match='leaving', early_drop=True, layers=None, seed=0",
+    "restore": "base='holov', share=0.5, anchors='code', c=2.0, calibrate=True",
+    "scope": "alpha=1.0, combine='multiply'",
+    "sgl": (
+        "k=None, keep=None, match='leaving', early_drop=True, guide=None, answer_tokens=16, layers=None, shared=None, "
+        "importance=None"
+    ),
     "sparsevlm": (
         "layers=None, keep=None, raters='paper', recycle=0.3, cluster=0.1, merge='mean', "
         "positions='renumber', recycled_at='end', always_drop=False, early_drop=True"
@@ -46,8 +60,11 @@ OPTIONS = {
         "scale=13.5, bias=0.0"
     ),
     "tome": "proportional=True",
+    "tops": "tokens=None, layers=None, alpha=0.5, lam=None",
     "visionzip": "dominant=None, contextual=None",
     "vispruner": "ratio=0.5, step=8",
+    "vscan": "keep=None, layer=None, match='leaving'",
+    "yopo": "window=None, causal_window=False, heads=None, ffn=1.0, cut=None, removal='real'",
 }
 
 

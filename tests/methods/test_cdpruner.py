@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import sparsevlm
-from sparsevlm.methods.cdpruner import _Question
+from sparsevlm.methods._question import Question
 from tests.methods.test_before_model import deep, features, handed_on
 from tests.tiny import GENERATE, IMAGE, PATCHES, inputs, logits, same
 
@@ -92,7 +92,7 @@ def test_the_question_matters_and_each_prompt_has_its_own():
 
 def test_the_question_is_the_text_after_the_last_picture():
     ids = torch.tensor([7, IMAGE, IMAGE, 8, IMAGE, 9, 10])
-    assert _Question(Letters(), (IMAGE,))(ids) == "9 10"
+    assert Question(Letters(), (IMAGE,))(ids) == "9 10"
 
 
 def test_refusals():

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,7 +18,7 @@ import yaml
 import sparsevlm
 from sparsevlm.runtime.families import locate
 from tests.methods.adapters import NAMES, Adapter, adapter
-from tests.tiny import logits, same
+from tests.tiny import llava, logits, same
 
 
 @dataclass
@@ -36,13 +37,22 @@ class Row:
 
 
 NO_TOWER = {"text": "acts in the vision tower"}
+UNTRAINED = {"predictor": "untrained", "budget": "full"}
+SMALL = llava(layers=2, seed=5)
 METHODS = {
     "aim": Row({"budget": 7}, refuses=NO_TOWER),
     "aim, kept": Row({"budget": 7, "start": "kept"}, refuses=NO_TOWER),
+    "anchorprune": Row(refuses=dict.fromkeys(NAMES, "text tower of the CLIP model") | NO_TOWER),
+    "atp_llava": Row({"modules": "untrained"}, {"modules": "untrained", "budget": "full"}),
+    "atp_llava, port": Row(
+        {"modules": "untrained", "variant": "port"}, {"modules": "untrained", "variant": "port", "shift": -1e9}
+    ),
     "cdpruner": Row(refuses=dict.fromkeys(NAMES, "text tower of the CLIP model") | NO_TOWER),
     "dart": Row(),
-    "divprune": Row(refuses=NO_TOWER),
+    "divprune": Row(),
     "downsample": Row({"side": 2}, refuses=NO_TOWER),
+    "dynamic_llava": Row({"predictor": "untrained", "budget": 12}, UNTRAINED),
+    "dynamic_llava, gate": Row({"predictor": "untrained", "budget": 12, "gate": True, "seed": 2}, UNTRAINED),
     "fastervlm": Row(refuses=NO_TOWER),
     "fastv": Row(),
     "ficoco_l": Row(),
@@ -55,24 +65,56 @@ METHODS = {
     ),
     "folder": Row(refuses=NO_TOWER),
     "folder_simple": Row(refuses=NO_TOWER),
+    "holov": Row(refuses=NO_TOWER),
+    "mmtok": Row({"words": "all", "budget": 12}, {"words": "all", "budget": "full"}, NO_TOWER),
     "none": Row(options={}, full={"budget": 12}),
     "pyramiddrop": Row(),
     "random": Row(),
     "random_layer": Row(),
+    "restore": Row(refuses=NO_TOWER),
+    "restore, plain": Row({"base": "divprune", "calibrate": False, "budget": 12}, refuses=NO_TOWER),
+    "scope": Row(refuses=NO_TOWER),
+    "sgl": Row({"guide": "self", "layers": 2, "answer_tokens": 3, "budget": 12}, {"guide": "self", "budget": "full"}),
+    "sgl, guide": Row(
+        {"guide": SMALL, "answer_tokens": 3, "budget": 12},
+        {"guide": SMALL, "budget": "full"},
+        {"video_llava": "the guide has another vocabulary", "text": "which a guide with weights of its own"},
+    ),
     "sparsevlm": Row(),
     "sparsevlm_plus": Row({"budget": 12, "kernel_floor": 0.1}),
     "sparsevlm_rank": Row({"layers": (1, 3, 5), "lam": 0.9}, {"layers": (1, 3, 5), "lam": 0.0}),
     "tome": Row(refuses=NO_TOWER),
     "visionzip": Row(refuses=NO_TOWER),
+    "tops": Row(refuses=NO_TOWER),
     "vispruner": Row(refuses=NO_TOWER),
+    "vscan": Row(refuses=NO_TOWER),
+    "yopo": Row({"cut": 3}),
+    "yopo, without cut": Row({"heads": "heads", "ffn": 0.5}),
+    "yopo, masked": Row({"heads": "heads", "ffn": 0.5, "cut": 3, "removal": "masked"}),
+    "yopo, windows": Row({"window": 3, "heads": "heads", "cut": 6}, refuses={"video_llava": "form a square grid"}),
 }
 CONFIGS = Path(__file__).parents[2] / "configs" / "method"
 CASES = [(m, a) for m, a in product(METHODS, NAMES) if a not in METHODS[m].refuses]
 REFUSALS = [(m, a) for m in METHODS for a in METHODS[m].refuses]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _heads(tmp_path_factory):
+    """The file that stands for "heads": layers of 4 heads, one of which keeps none."""
+    kept = np.random.RandomState(1).rand(8, 4) < 0.5
+    kept[0], kept[4] = True, False
+    np.save(path := tmp_path_factory.mktemp("heads") / "heads.npy", kept)
+    FILES["heads"] = str(path)
+
+
+FILES: dict[str, str] = {}
+
+
 def build(name: str, full: bool = False):
-    return sparsevlm.build(name.split(",")[0], **(METHODS[name].full if full else METHODS[name].options))
+    options = METHODS[name].full if full else METHODS[name].options
+    return sparsevlm.build(
+        name.split(",")[0], **{k: FILES.get(v, v) if k == "heads" else v for k, v in options.items()}
+    )
 
 
 @dataclass

@@ -62,8 +62,8 @@ def test_wrong_family_is_told_before_the_weights_are_fetched(tiny_llava_folder, 
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    with pytest.raises(ValueError, match="'qwen2_vl'"):
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+    with pytest.raises(ValueError, match="'gemma3'"):
         find_checkpoint("org/name", revision="v1")
     assert fetched == [("org/name", "v1", ["config.json"])]
     shutil.copytree(tiny_llava_folder, tmp_path, dirs_exist_ok=True)
@@ -104,10 +104,17 @@ def test_revision_is_for_the_hub(copy):
         find_checkpoint(copy, revision="main")
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2_vl", None])
+def test_a_family_that_cannot_be_pruned_is_told_with_the_reason(monkeypatch, tmp_path):
+    text = {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": text}))
+    with pytest.raises(ValueError, match="'qwen3_5', which cannot be loaded here.*keep a running state"):
+        find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", None])
 def test_unsupported_family(copy, kind):
     edit(copy / "config.json", model_type=kind)
-    with pytest.raises(ValueError, match="supported: llava, video_llava .*llava-hf/llava-1.5-7b-hf"):
+    with pytest.raises(ValueError, match="supported: llava, video_llava, .*qwen3_vl .*llava-hf/llava-1.5-7b-hf"):
         find_checkpoint(copy)
 
 

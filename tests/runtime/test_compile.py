@@ -32,6 +32,7 @@ def graphs() -> int:
         ("sparsevlm", {}, "aot_eager"),
         ("sparsevlm_plus", {"early_drop": False}, "eager"),
         ("random", {}, "eager"),
+        ("yopo", {"window": 3, "ffn": 0.5, "cut": 2, "removal": "masked"}, "eager"),
     ],
 )
 @torch.no_grad()
@@ -39,8 +40,8 @@ def test_compiled_equals_eager(name, options, backend):
     model = llava(dtype=torch.float32, layers=4)
     x, _ = inputs("one", model)
     length = x["input_ids"].shape[1]
-    if name == "random":
-        method = sparsevlm.build(name, budget=9)
+    if name in ("random", "yopo"):
+        method = sparsevlm.build(name, **options or {"budget": 9})
     else:
         method = sparsevlm.build(name, layers=LAYERS, keep=KEEP, **options)
 

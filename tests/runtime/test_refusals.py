@@ -14,8 +14,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     Phi3Config,
     Phi3ForCausalLM,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
 )
 
 import sparsevlm
@@ -100,11 +100,10 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50))
 
 
-def multi_axis():
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    return Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(text_config={**SMALL, "rope_parameters": rope}, vision_config=vision)
+def running_state():
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+    return Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config={**SMALL, "num_hidden_layers": 4, "head_dim": 16}, vision_config=vision)
     )
 
 
@@ -113,13 +112,13 @@ def multi_axis():
     "make,message",
     [
         (fused, "models of type 'phi3' are not supported.*query, key and value projections are fused"),
-        (fused_in_llava, "text model 'phi3' is not supported; supported: llama.*projections are fused"),
-        (multi_axis, r"models of type 'qwen2_vl' are not supported.*several axes \(M-RoPE\)"),
-        (gemma, "models of type 'gemma' are not supported. Supported: llava, video_llava over llama, mistral"),
+        (fused_in_llava, "text model 'phi3' is not supported in a model of type 'llava'.*fused.*Use one over llama"),
+        (running_state, "models of type 'qwen3_5' are not supported. Some of its layers keep a running state"),
+        (gemma, "models of type 'gemma' are not supported. Use one of llava, video_llava, .*llama, mistral"),
         (gpt2, "models of type 'gpt2' are not supported"),
         (lambda: torch.nn.Linear(2, 2), "models of type 'Linear' are not supported"),
     ],
-    ids=["phi3", "llava-phi3", "qwen2-vl", "gemma", "gpt2", "no-model"],
+    ids=["phi3", "llava-phi3", "qwen3.5", "gemma", "gpt2", "no-model"],
 )
 def test_models_that_are_not_supported(make, message, name):
     model = make()

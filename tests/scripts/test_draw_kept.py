@@ -11,7 +11,7 @@ from PIL import Image
 import sparsevlm
 from scripts import draw_kept
 from scripts.draw_kept import draw_patches, seen_pixels
-from scripts.draw_words import Word, draw_words, words_height
+from scripts.figures.words import Word, draw_words, words_height
 
 
 def stage(layer, tokens_out, origin, recycled):

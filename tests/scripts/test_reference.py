@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from eval.reader import read_runs
+from eval.runs.reader import read_runs
 from scripts import update_readme
 from scripts.make_tables import build_tables
-from scripts.tables import csv, latex, markdown
+from scripts.tables.formats import csv, latex, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "results" / "reference"
@@ -22,7 +22,7 @@ FOLDERS = [p.parent for p in sorted(REFERENCE.rglob("runs")) if p.is_dir()]
 def test_tables_come_from_the_runs_beside_them(folder):
     runs = read_runs(folder)
     tables = {table.name: table for table in build_tables(runs)}
-    kept = {path.stem for path in (folder / "tables").glob("*.md") if not path.stem.startswith("flops__")}
+    kept = {path.stem for path in (folder / "tables").glob("*.md")}
     papers = {name for name in tables if "__" not in name}
     assert kept == set(tables) if folder == REFERENCE else kept == set(tables) - papers
     for name in kept:

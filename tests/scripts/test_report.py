@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from eval.reader import BadRun, read_runs
+from eval.runs.reader import BadRun, read_runs
 from scripts import make_paper
+from scripts.figures.accuracy import plot_runs
 from scripts.make_tables import build_tables
-from scripts.plot_accuracy import plot_runs
 from scripts.report import write_report
 from tests.scripts import folders
 

@@ -12,6 +12,11 @@ def doc_to_visual(doc: dict) -> list:
     return [doc["image"].convert("RGB")]
 
 
+def no_picture(doc: dict) -> list:
+    """No picture: the question alone."""
+    return []
+
+
 def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str:
     """The question, between the model's pre- and post-prompt."""
     kwargs = lmms_eval_specific_kwargs or {}

@@ -6,7 +6,7 @@ SPARSEVLM_JUDGE_URL and OPENAI_API_KEY; without SPARSEVLM_JUDGE there is only ex
 
 import os
 
-from eval.judge import judge_of, scorer
+from eval.tasks.judge import judge_of, scorer
 
 
 def doc_to_visual(doc: dict) -> list[str]:

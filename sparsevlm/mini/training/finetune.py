@@ -68,7 +68,8 @@ class Answering:
     of its layers: which frame it belongs to, when its object came, and where that moves.
 
     Args:
-        model: the embedded model, or the embedded video model.
+        model: the embedded model, a guide for it, or the embedded video model; parameters that require no gradient stay
+            as they are.
         precision: of the forward pass.
         types: the names of the question types of the batches.
         rates: highest learning rates.
@@ -98,12 +99,14 @@ class Answering:
         for parameter in self.helpers.parameters():
             nn.init.zeros_(parameter)
         others = [p for p in model.parameters() if id(p) not in known] + list(self.helpers.parameters())
+        matrices, others, tower = ([p for p in group if p.requires_grad] for group in (matrices, others, tower))
         self.parameters = matrices + others + tower
         self.optimizers = [
             torch.optim.Muon(matrices, lr=rates.matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=rates.others, betas=(0.9, 0.95), weight_decay=0.0),
-            torch.optim.AdamW(tower, lr=rates.tower, betas=(0.9, 0.98), weight_decay=0.0),
         ]
+        if tower:
+            self.optimizers.append(torch.optim.AdamW(tower, lr=rates.tower, betas=(0.9, 0.98), weight_decay=0.0))
 
     @torch.no_grad()
     def start(self) -> None:
@@ -178,23 +181,29 @@ class Answering:
         model, ids = self.model, batch["ids"]
         language_model, device = model.model.language_model, ids.device
         with self._autocast(device):
-            prefix = language_model.embed_tokens(torch.tensor(PREFIX, device=device)).expand(len(ids), -1, -1)
-            inputs = torch.cat([prefix, visual, language_model.embed_tokens(ids)], 1)
+            inputs = packed_inputs(model, batch, visual)
             shared = inputs.shape[1] - ids.shape[1]
             output = language_model(
                 inputs_embeds=inputs,
-                position_ids=_positions(batch, shared),
+                position_ids=positions_of(batch, shared),
                 use_cache=False,
                 output_hidden_states=True,
                 shared=shared,
             )
             logits = model.lm_head(output.last_hidden_state[:, -ids.shape[1] :]).float()
-        layer = len(language_model.layers) // (2 if "times" in batch else 3)
+        layer = max(1, len(language_model.layers) // (2 if "times" in batch else 3))
         middle = output.hidden_states[layer][:, len(PREFIX) : shared]
         return logits, middle.float()
 
 
-def _positions(batch: dict[str, torch.Tensor], shared: int) -> torch.Tensor:
+def packed_inputs(model, batch: dict[str, torch.Tensor], visual: torch.Tensor) -> torch.Tensor:
+    """``[B, L, 192]``: the beginning of a prompt, the picture's tokens, and the questions behind it."""
+    embed, ids = model.model.language_model.embed_tokens, batch["ids"]
+    prefix = embed(torch.tensor(PREFIX, device=ids.device)).expand(len(ids), -1, -1)
+    return torch.cat([prefix, visual, embed(ids)], 1)
+
+
+def positions_of(batch: dict[str, torch.Tensor], shared: int) -> torch.Tensor:
     """``[B, L]``: a window's tokens keep the places they have in the whole picture, as do the questions behind it."""
     ids = batch["ids"]
     places = torch.arange(shared, device=ids.device).expand(len(ids), -1)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sparsevlm.mini.model import build_model, build_video_model
 from sparsevlm.mini.training.batches import ClipBatches, SceneBatches
@@ -68,12 +69,12 @@ class TrainingRun:
         compiled: bool = False,
     ):
         self.folder, self.settings, self.device = Path(folder), settings, device
-        self.plan = plan or _plan(settings, initial)
+        self.plan = plan or self.make_plan(initial)
         self._continued = initial is not None
         self.processes = ProcessGroup()
         self.workers, self.save_every, self.evaluate_every = workers, save_every, evaluate_every
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.model = _build(settings, initial).to(device)
+        self.model = self.make_model(initial).to(device)
         # the faster of the two on each; both compute the same
         self.model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
         self.state, self.objective = State(), None
@@ -83,6 +84,30 @@ class TrainingRun:
             self._load()
         if compiled:
             _compile_layers(self.model)
+
+    def make_plan(self, initial: str | Path | None) -> tuple[Phase, ...]:
+        """Return the phases of a run of these settings."""
+        settings = self.settings
+        if settings.video:
+            return VIDEO
+        if initial is not None:
+            return CONTINUATION
+        return SHORT if settings.minutes is not None and settings.minutes < SHORT_MINUTES else PLAN
+
+    def make_model(self, initial: str | Path | None) -> nn.Module:
+        """Return the model as the run begins with it.
+
+        Raises:
+            ValueError: a video model without one to start from, or a folder that holds no embedded model.
+        """
+        if self.settings.video:
+            if initial is None:
+                raise ValueError("the video model starts from a trained model for pictures: name its folder as initial")
+            return build_video_model(load_weights(initial), self.settings.seed)
+        model = build_model(self.settings.seed)
+        if initial is not None:
+            model.load_state_dict(load_weights(initial))
+        return model
 
     @property
     def checkpoint(self) -> Path:
@@ -244,25 +269,6 @@ class TrainingRun:
             self.objective.helpers.load_state_dict(content["helpers"])
             for optimizer, saved in zip(self.objective.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-
-
-def _plan(settings: Settings, initial: str | Path | None) -> tuple[Phase, ...]:
-    if settings.video:
-        return VIDEO
-    if initial is not None:
-        return CONTINUATION
-    return SHORT if settings.minutes is not None and settings.minutes < SHORT_MINUTES else PLAN
-
-
-def _build(settings: Settings, initial: str | Path | None):
-    if settings.video:
-        if initial is None:
-            raise ValueError("the video model starts from a trained model for pictures: name its folder as initial")
-        return build_video_model(load_weights(initial), settings.seed)
-    model = build_model(settings.seed)
-    if initial is not None:
-        model.load_state_dict(load_weights(initial))
-    return model
 
 
 def _compile_layers(model) -> None:

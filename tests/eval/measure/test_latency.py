@@ -8,8 +8,8 @@ import yaml
 
 from eval.errors import UserError
 from eval.measure import latency
-from eval.reader import read_run, read_runs
-from eval.results import RunFolder
+from eval.runs.reader import read_run, read_runs
+from eval.runs.writer import RunFolder
 from scripts import make_tables
 from tests.scripts import folders
 

@@ -1,0 +1,1 @@
+"""Figures of run folders; `scripts/make_figures.py` draws them."""

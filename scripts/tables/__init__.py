@@ -1,0 +1,1 @@
+"""Tables of run folders and published numbers; `scripts/make_tables.py` writes them."""
