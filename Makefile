@@ -37,7 +37,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export MPLBACKEND := Agg
 
-.PHONY: help setup reproduce test test-all fuzz fuzz-runs lint flops latency tables figures report paper notebooks fetch sweep \
+.PHONY: help setup reproduce test test-all fuzz fuzz-runs lint docs flops latency tables figures report paper notebooks fetch sweep \
 	retrain browser clean
 
 help: ## list the targets
@@ -84,8 +84,14 @@ fuzz-runs: setup ## random command lines, damaged files and a full disk through 
 	@$(RUN) -m tests.fuzz.runs --cases $(cases) --seed $(seed)
 	@$(RUN) -m tests.fuzz.damage --cases $(cases) --seed $(seed)
 
-lint: setup ## check style
+lint: setup ## check style and types
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+# pdoc cannot look up the types of options that a method inherits from another module, and shows them as they are written.
+docs: setup ## make the API reference of the docstrings: docs/api/index.html
+	@$(RUN) -W "ignore:Error parsing type annotation" -m pdoc --docformat google --output-directory docs/api sparsevlm
+	@echo "docs/api/index.html"
 
 flops: setup ## count the multiply-adds of every method on LLaVA-1.5-7B, 13B and Video-LLaVA; no weights needed
 	@$(RUN) -m eval.measure.flops --results $(results) $(args)
@@ -139,5 +145,5 @@ retrain: setup ## train the embedded model from nothing: make retrain out=output
 	@$(RUN) -m sparsevlm.mini.training --out $(out) --minutes $(minutes) --resume $(args)
 
 clean: ## remove the environment and caches; results stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis docs/api
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

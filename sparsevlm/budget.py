@@ -80,7 +80,9 @@ def mean_leaving(n_visual: int, layers: Sequence[int], after: Sequence[int], n_l
     return (total + count * (n_layers - start)) / n_layers
 
 
-def scale_layers(n_layers: int, layers: Sequence[int] = _REFERENCE_LAYERS, depth: int = _REFERENCE_DEPTH) -> tuple:
+def scale_layers(
+    n_layers: int, layers: Sequence[int] = _REFERENCE_LAYERS, depth: int = _REFERENCE_DEPTH
+) -> tuple[int, ...]:
     """Scale pruning layers to another depth: floor(layer * n_layers / depth + 1/2), made strictly increasing.
 
     32 layers: 2, 6, 15; 40 layers (13B): 3, 8, 19; 12 layers (`mini`): 1, 2, 6. The authors' code uses 2, 6, 15 on
@@ -126,6 +128,14 @@ def check_budget(budget: int | float | str | None, n_visual: int | None = None) 
     return min(int(value), n_visual) if value >= 1 else max(1, int(value * n_visual + 0.5))
 
 
+def in_tokens(budget: int | float | str | None, n_visual: int) -> int:
+    """Return `check_budget` of a budget that is neither None nor "full"."""
+    tokens = check_budget(budget, n_visual)
+    if not isinstance(tokens, int):
+        raise ValueError(f"budget {budget!r} is no number of tokens. Use whole tokens, or a share between 0 and 1")
+    return tokens
+
+
 @lru_cache(maxsize=4096)
 def explicit_schedule(
     n_visual: int,
@@ -153,7 +163,9 @@ def explicit_schedule(
     for k in keep:
         k = min(k, count - 1 if always_drop and count > 1 else count)
         pool, new = recycled_counts(count - k, recycle, cluster)
-        kept.append(k), pools.append(pool), merged.append(new)
+        kept.append(k)
+        pools.append(pool)
+        merged.append(new)
         count = k + new
     return Schedule(n_visual, n_layers, layers, tuple(kept), tuple(pools), tuple(merged))
 
@@ -221,7 +233,9 @@ def solve(
     count, keep, pools, merged = n_visual, [], [], []
     for target in targets:
         k, pool, new = _stage(count, target, recycle, cluster)
-        keep.append(k), pools.append(pool), merged.append(new)
+        keep.append(k)
+        pools.append(pool)
+        merged.append(new)
         count = k + new
     return Schedule(n_visual, n_layers, chosen, tuple(keep), tuple(pools), tuple(merged))
 

@@ -54,6 +54,7 @@ def density_peaks(x: Tensor, clusters: Tensor | None, width: int, valid: Tensor 
         density = square.topk(width, dim=-1, largest=False).values.mean(-1).mul_(-1 / size).exp_()
         largest = square.amax((1, 2), keepdim=True)
     else:
+        assert clusters is not None  # goes with `valid`
         own = torch.arange(width, device=x.device).expand(batch, -1)
         real = own < clusters[:, None]
         nearest = square.masked_fill(~valid[:, None], float("inf")).topk(width, dim=-1, largest=False).values

@@ -25,7 +25,8 @@ def rope_kernel(query: tuple[Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Ten
         [B, T, N] float32.
     """
     rotated_query, rotated_key = rotated_ones(*query), rotated_ones(*key)
-    return rotated_query @ rotated_key.transpose(1, 2) / rotated_query.shape[-1] ** 0.5
+    kernel: Tensor = rotated_query @ rotated_key.transpose(1, 2) / rotated_query.shape[-1] ** 0.5
+    return kernel
 
 
 def first_nonpositive_distance(inv_freq: Tensor, limit: int) -> int | None:

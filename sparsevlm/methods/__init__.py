@@ -11,6 +11,7 @@ import pkgutil
 import sys
 import types
 from dataclasses import fields
+from typing import Any
 
 from sparsevlm.methods.base import Method
 
@@ -55,7 +56,7 @@ def method_class(name: str) -> type[Method]:
     raise ValueError(f"sparsevlm/methods/{name}.py defines no subclass of Method with name = {name!r}")
 
 
-def build(name: str, **options) -> Method:
+def build(name: str, **options: Any) -> Method:
     """Build a method from its name and options.
 
     Args:

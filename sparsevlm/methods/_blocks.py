@@ -29,4 +29,5 @@ class BlockMethod(VisionMethod):
         return run.handles()
 
     def encode(self, vision: Vision, pictures: Pictures, encoding: Encoding) -> list[Reduced]:
-        return vision.scratch[encoding.tower.kind].reduced()
+        run: Blocks = vision.scratch[encoding.tower.kind]
+        return run.reduced()

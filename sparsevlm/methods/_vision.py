@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from sparsevlm.budget import Schedule, check_budget, explicit_schedule
+from sparsevlm.budget import Schedule, explicit_schedule, in_tokens
 from sparsevlm.core.packing import take
 from sparsevlm.methods.base import Method
 from sparsevlm.runtime.families import Family
@@ -33,7 +33,7 @@ from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision,
 class VisionMethod(Method):
     """Base for acting before the language model: override `reduce`, or `tower_hooks` and `encode` for the tower."""
 
-    positions: ClassVar[str] = "renumber"
+    positions = "renumber"
     reads_text: ClassVar[bool] = False
     captures: ClassVar[bool] = False  # needs states, queries and keys of the feature layer
     after_projector: ClassVar[bool] = False  # works on what the projector makes instead of what it gets
@@ -53,8 +53,8 @@ class VisionMethod(Method):
             ValueError: a budget that the method cannot express.
         """
         if isinstance(self.budget, int):
-            return share(check_budget(self.budget, sum(sizes)), sizes)
-        ends = [check_budget(self.budget, end) for end in accumulate(sizes)]
+            return share(in_tokens(self.budget, sum(sizes)), sizes)
+        ends = [in_tokens(self.budget, end) for end in accumulate(sizes)]
         return [end - start for start, end in pairwise([0, *ends])]
 
     def tower_hooks(self, vision: Vision, tower: Tower) -> list[RemovableHandle]:
@@ -87,7 +87,7 @@ class VisionMethod(Method):
     def hooks(self, attached: Vision | None) -> list[RemovableHandle]:
         return [] if attached is None else attached.handles()
 
-    def check_call(self, attached: Vision | None, arguments: dict) -> None:
+    def check_call(self, attached: Vision | None, arguments: dict[str, Any]) -> None:
         if attached is not None:
             attached.check_call(arguments)
 
@@ -140,6 +140,7 @@ class VisionMethod(Method):
             prompts = [(encoding, b * len(encoding.prompts) // prefill.batch) for encoding in encodings]
             samples.append([(encoding, prompt) for encoding, prompt in prompts if encoding.prompts[prompt]])
         default = record._details
+        assert default is not None  # nobody has looked yet
         if record.layer >= 0:
             record._details = partial(_later_details, default, samples)
             return
@@ -173,10 +174,11 @@ def _made(vision: Vision, batch: int, b: int, n_visual: int) -> int | None:
 
 
 Sample = list[tuple[Encoding, int]]  # what was made of a prompt's images and of its video, and its number there
+Details = tuple[list[Any], list[Any], list[Any]]  # scores, kept and origin per sample, as in `StageRecord`
 
 
-def _details(default: Callable, samples: list[Sample]) -> tuple[list, list, list]:
-    """Return scores, kept and origin per sample, as in `StageRecord`."""
+def _details(default: Callable[[], Details], samples: list[Sample]) -> Details:
+    """Return the details of a stage at the input, of what was made of the pictures."""
     scores, kept, origin = default()
     for b, sample in enumerate(samples):
         if not sample:
@@ -189,7 +191,7 @@ def _details(default: Callable, samples: list[Sample]) -> tuple[list, list, list
     return scores, kept, origin
 
 
-def _later_details(default: Callable, samples: list[Sample]) -> tuple[list, list, list]:
+def _later_details(default: Callable[[], Details], samples: list[Sample]) -> Details:
     """Return the same for a stage inside the language model, which knows tokens by their slots."""
     scores, kept, origin = default()
     for b, sample in enumerate(samples):
@@ -205,7 +207,10 @@ def _later_details(default: Callable, samples: list[Sample]) -> tuple[list, list
 
 def _places(e: Encoding, p: int) -> Tensor:
     """[n] int64: the visual tokens of prompt p that were encoded there, among all of its visual tokens."""
-    return torch.arange(e.prompts[p] * e.tower.tokens) if e.places is None else e.places[p]
+    if e.places is not None:
+        return e.places[p]
+    assert e.prompts is not None  # else a tower's tokens have no prompt
+    return torch.arange(e.prompts[p] * e.tower.tokens)
 
 
 def slots(prefill: Prefill, value: Callable[[Reduced, int], Tensor], out: Tensor, among_rows: bool = False) -> Tensor:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsevlm.budget import Schedule, check_budget, check_layers
+from sparsevlm.budget import Schedule, check_budget, check_layers, in_tokens
 from sparsevlm.core.merging import match, merge_mean, most_removable, survivors
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods._dropped import Dropped
@@ -131,14 +131,14 @@ class AIM(VisionMethod):
                     f"prompt; use at most {min(sizes)}, or a budget, which pictures share"
                 )
             return [self.merge_to] * len(sizes)
-        budget, total = check_budget(self.budget, sum(sizes)), sum(sizes)
+        budget, total = in_tokens(self.budget, sum(sizes)), sum(sizes)
         return list(sizes) if budget == total else share(self._merged(budget, total, n_layers), sizes)
 
     def plan_pictures(self, n_visual: int, n_layers: int, size: int) -> Schedule:
         if not self.active or check_budget(self.budget, n_visual) == n_visual:
             return Schedule(n_visual, n_layers, (), (), (), ())
         if self.merge_to is None:
-            budget = check_budget(self.budget, n_visual)
+            budget = in_tokens(self.budget, n_visual)
             return self._schedule(self._merged(budget, n_visual, n_layers), n_visual, n_layers)
         return self._schedule(sum(self.spend([size] * max(1, round(n_visual / size)), n_layers)), n_visual, n_layers)
 
@@ -149,6 +149,7 @@ class AIM(VisionMethod):
         return [block.self_attn.k_proj.register_forward_hook(vision.keeper("keys"))]
 
     def reduce(self, pictures: Pictures, count: int) -> Reduced:
+        assert pictures.keys is not None  # kept by `tower_hooks`
         cls = int(pictures.tower.cls)
         x, metric = pictures.features[:, cls:], pictures.keys[:, 1:]
         index = torch.arange(cls, cls + x.shape[1], device=x.device).expand(x.shape[0], -1)
@@ -172,7 +173,7 @@ class AIM(VisionMethod):
         if self.start == "all" and any(keep):  # else this was the last layer
             new = Dropped.at(stage, rank_by_score(scores, stage.visual_valid), keep)
             attention = new.attention(stage)
-            if dropped is not None:
+            if dropped is not None and seen is not None:
                 new, attention = dropped.with_these(new), torch.cat([seen, attention], 2)
             stage.prefill.scratch["dropped"] = new.after(stage, attention)
         return scores
@@ -192,8 +193,9 @@ class AIM(VisionMethod):
         flow = self._flow(stage.attention(length), length)
         start = _prompt(stage.prefill, length).to(flow.dtype).expand(flow.shape[0], -1)
         total = start.sum(1, keepdim=True)
-        inflow = 0
-        if dropped is not None and self.steps:  # nothing flows back: they count in the first step only
+        inflow: Tensor | int = 0
+        # nothing flows back to them: they count in the first step only
+        if dropped is not None and seen is not None and self.steps:
             asked = dropped.valid.to(flow.dtype)
             total = total + asked.sum(1, keepdim=True)
             inflow = (asked / total)[:, None, None].expand(-1, flow.shape[1], -1, -1) @ self._flow(seen, length)

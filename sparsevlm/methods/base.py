@@ -106,7 +106,7 @@ class Method:
         """Register further hooks (vision tower, projector) and return them; they are removed with ours."""
         return []
 
-    def check_call(self, attached: Any, arguments: dict) -> None:
+    def check_call(self, attached: Any, arguments: dict[str, Any]) -> None:
         """Raise ValueError if the method cannot follow a call with these arguments, before pictures are encoded."""
 
     def announce(self, attached: Any, input_ids: Tensor) -> None:

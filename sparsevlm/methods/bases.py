@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sparsevlm.budget import (
     Schedule,
-    check_budget,
     check_layers,
     explicit_schedule,
+    in_tokens,
     nearest,
     scale_layers,
     solve,
@@ -80,7 +80,7 @@ class PlannedMethod(Method):
             return self.plan_counts(n_visual, n_layers)
         if self.budget in (None, "full"):
             return super().plan(n_visual, n_layers)
-        return self.plan_budget(check_budget(self.budget, n_visual), n_visual, n_layers)
+        return self.plan_budget(in_tokens(self.budget, n_visual), n_visual, n_layers)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class PruneInStages(PlannedMethod):
             check_layers(self.layers, family.n_layers)
 
     def where(self, n_layers: int) -> tuple[int, ...]:
-        return scale_layers(n_layers) if self.layers is None else self.layers
+        return scale_layers(n_layers) if self.layers is None else tuple(self.layers)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,8 @@ class PruneByLists(PruneInStages):
     keep: Sequence[int] | None = None
 
     instead: ClassVar[str] = "keep"
-    lists: ClassVar[tuple] = ()  # published (budget, keep list) pairs at layers 2, 6, 15 of 32, ascending
+    # published (budget, keep list) pairs at layers 2, 6, 15 of 32, ascending
+    lists: ClassVar[tuple[tuple[int, tuple[int, ...]], ...]] = ()
     always_drop = False  # drop at least one token per stage (a method may make an option of it)
 
     def __post_init__(self) -> None:
@@ -210,7 +211,8 @@ class PruneByRatios(PruneInStages):
     match: str = "leaving"
 
     instead: ClassVar[str] = "ratios"
-    published: ClassVar[tuple] = ((3, 7, 16),)  # sets of layers, counted from 1 of 32, in order of preference
+    # sets of layers, counted from 1 of 32, in order of preference
+    published: ClassVar[tuple[tuple[int, ...], ...]] = ((3, 7, 16),)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,9 +229,10 @@ class PruneByRatios(PruneInStages):
             raise ValueError(f"ratios {self.ratios} and {stages} differ in length. Use as many ratios as layers")
 
     def where(self, n_layers: int) -> tuple[int, ...]:
-        return _scaled(self.published[0], n_layers) if self.layers is None else self.layers
+        return _scaled(self.published[0], n_layers) if self.layers is None else tuple(self.layers)
 
     def plan_counts(self, n_visual: int, n_layers: int) -> Schedule:
+        assert self.ratios is not None  # else there is a budget
         return _shares(n_visual, n_layers, self.where(n_layers), self.ratios)
 
     def plan_budget(self, budget: int, n_visual: int, n_layers: int) -> Schedule:
@@ -298,7 +301,9 @@ def _geometric(budget: int, n_visual: int, n_layers: int, layers: tuple[int, ...
     return nearest(schedule, mean, budget)
 
 
-def _with_room(published: tuple, budget: int, n_visual: int, n_layers: int, match: str) -> tuple[int, ...]:
+def _with_room(
+    published: tuple[tuple[int, ...], ...], budget: int, n_visual: int, n_layers: int, match: str
+) -> tuple[int, ...]:
     """Return the first set of layers before whose first stage there is room (see `start_earlier`), else the last."""
     for layers in (_scaled(candidate, n_layers) for candidate in published[:-1]):
         full = layers[0] + (match == "entering")

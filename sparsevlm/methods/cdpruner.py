@@ -37,6 +37,7 @@ class CDPruner(ClipMethod):
 
     def reduce(self, pictures: Pictures, count: int) -> Reduced:
         weight = pictures.relevance
+        assert weight is not None  # `encode` has computed it
         kernel = weight[:, :, None] * cosine_matrix(pictures.features) * weight[:, None]
         origin = dpp_greedy(kernel, count).sort(1).values
         return Reduced(take(pictures.features, origin), origin, weight)

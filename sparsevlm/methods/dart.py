@@ -52,6 +52,7 @@ class DART(PruneOnce):
             raise ValueError(f"visual_pivots {self.visual_pivots} must be at least 1, text_pivots at least 0")
 
     def score(self, stage: Stage) -> Tensor:
+        assert stage.prefill.entered is not None  # because of `scores_entered`
         keys = replace(stage, module=stage.layer, hidden=stage.prefill.entered).module_inputs().keys
         size = keys.to(torch.promote_types(keys.dtype, torch.float32)).abs().sum((1, 3))  # [B, L]
         states = stage.prefill.family.decoder.norm(stage.hidden).to(size.dtype)

@@ -17,17 +17,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from sparsevlm.budget import check_budget
+from sparsevlm.budget import in_tokens
 from sparsevlm.methods._vision import VisionMethod
 from sparsevlm.methods.base import one_of
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.network import Network
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision, find_towers
 
@@ -65,7 +66,7 @@ class Downsample(VisionMethod):
     def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
         if self.side is not None:
             return [self.side**2] * len(sizes)
-        budget = check_budget(self.budget, sum(sizes))
+        budget = in_tokens(self.budget, sum(sizes))
         if budget == sum(sizes):
             return list(sizes)
         if budget < len(sizes):
@@ -79,9 +80,12 @@ class Downsample(VisionMethod):
         before = partial(self._shrink, vision, tower)
         return [tower.module.register_forward_pre_hook(before, with_kwargs=True)]
 
-    def _shrink(self, vision: Vision, tower: Tower, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    def _shrink(
+        self, vision: Vision, tower: Tower, module: Network, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
         """Let the tower's call compute the last group of pictures; the others are computed here."""
         encoding = vision.encoding
+        assert encoding is not None  # the tower is being called
         if not encoding.groups:
             return None
         pixels = args[0] if args else kwargs["pixel_values"]

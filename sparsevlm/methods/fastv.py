@@ -56,6 +56,7 @@ def rate_by_last_token(prefill: Prefill, embeddings: Tensor) -> None:
 def last_token_scores(stage: Stage) -> Tensor:
     """Return the attention [B, V] that the last token of each prompt pays the visual tokens, the mean over heads."""
     prefill = stage.prefill
+    assert prefill.weights is not None  # set in `begin`
     # elsewhere than in the last row: right padding, or candidates of assisted decoding behind the prompt
     tail = 1 if prefill.prompt.text[:, -1].all() else prefill.tail
     return stage.visual_columns(mean_scores(stage.attention(tail), prefill.weights[:, -tail:]))

@@ -94,7 +94,7 @@ class FiCoCoL(PlannedMethod):
     name: ClassVar[str] = "ficoco_l"
     instead: ClassVar[str] = "r"
     needs_text: ClassVar[bool] = True
-    early_drop: ClassVar[bool] = False  # the output of discarded tokens is needed
+    early_drop = False  # the output of discarded tokens is needed
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +111,7 @@ class FiCoCoL(PlannedMethod):
             check_layers((self.start,), family.n_layers)
 
     def plan_counts(self, n_visual: int, n_layers: int) -> Schedule:
+        assert self.r is not None  # else there is a budget
         start = self._first(n_layers) if self.start is None else self.start
         return _constant(n_visual, n_layers, start, self.r, ends=self.variant == "code")
 
@@ -142,6 +143,7 @@ class FiCoCoL(PlannedMethod):
         rows = stage.attention(stage.hidden.shape[1]).mean(1)  # [B, L, S]
         visual = stage.visual_columns(take(rows, stage.visual_index))  # A_ij [B, V, V]
         text = stage.visual_columns(rows[:, rows.shape[1] - prefill.tail :])  # A_kj [B, T, V]
+        assert prefill.weights is not None  # set in `begin`
         weights = prefill.weights.to(rows.dtype)
         text_mean = (weights[:, None] @ text)[:, 0]
         if stage.visual_valid is not None:
@@ -162,6 +164,7 @@ class FiCoCoL(PlannedMethod):
         text = logits.shape[1] - prefill.tail
         rows = take(logits, stage.visual_index)
         visual = stage.visual_columns(rows)  # A_ij [B, V, V]
+        assert prefill.weights is not None  # set in `begin`
         weights = prefill.weights.to(rows.dtype)[:, None]
         to_text = rows[..., text:]  # A_ik [B, V, T]
         from_text = stage.visual_columns(logits[:, text:])  # A_kj [B, T, V]
@@ -227,8 +230,8 @@ def fold_weights(correlation: Tensor, kept: Tensor, discarded: Tensor, keep: lis
     """
     among = correlation.masked_fill(~kept[:, None], float("-inf"))
     # the values not below the quantile between two of them are those not below the upper one
-    rank = [max(n - 1 - math.ceil(epsilon * (n - 1)), 0) for n in keep]
-    rank = torch.tensor(rank, device=correlation.device)[:, None, None].expand(-1, correlation.shape[1], 1)
+    ranks = [max(n - 1 - math.ceil(epsilon * (n - 1)), 0) for n in keep]
+    rank = torch.tensor(ranks, device=correlation.device)[:, None, None].expand(-1, correlation.shape[1], 1)
     threshold = among.sort(dim=-1, descending=True).values.gather(-1, rank)
     chosen = (among >= threshold) & kept[:, None] & discarded[..., None]
     alpha = correlation * chosen
@@ -255,7 +258,8 @@ def _constant(n_visual: int, n_layers: int, start: int, r: float, ends: bool = F
             break
         left = max(1, left)
         if left < count:
-            layers.append(layer), keep.append(left)
+            layers.append(layer)
+            keep.append(left)
             count = left
     return explicit_schedule(n_visual, n_layers, tuple(layers), tuple(keep))
 

@@ -44,7 +44,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsevlm.core.merging import merge_schedule
@@ -55,6 +55,7 @@ from sparsevlm.methods._ficoco import VARIANTS, code_weights
 from sparsevlm.methods.base import one_of
 from sparsevlm.runtime.blocks import Blocks, Tokens
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.network import Network
 from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Tower, Vision, attention_logits, find_towers
 
 
@@ -97,7 +98,7 @@ class FiCoCoV(BlockMethod):
 
     # ---- how many tokens each block leaves -------------------------------------------------------------------------
     def layers(self, tower: Tower) -> range:
-        first = tower.module.config.num_hidden_layers // 2 if self.start is None else self.start
+        first: int = tower.module.config.num_hidden_layers // 2 if self.start is None else self.start
         if self.start is None and self.variant == "code":
             first = 0  # where a budget needs that
         return range(min(first, tower.layer), tower.layer + 1)
@@ -125,11 +126,12 @@ class FiCoCoV(BlockMethod):
         return dict(zip(blocks, gone, strict=True))
 
     # ---- one block -------------------------------------------------------------------------------------------------
-    def block(self, run: Blocks, i: int, layer: nn.Module, tokens: Tokens) -> None:
+    def block(self, run: Blocks, i: int, layer: Network, tokens: Tokens) -> None:
         tower = run.tower
         tokens.x = run.attend(layer, tokens)
         drop = self.removals(tower, tokens.count).get(i, 0)
         if drop:
+            assert tokens.queries is not None and tokens.keys is not None  # `attend` has kept them
             logits = attention_logits(layer.self_attn, tokens.queries, tokens.keys)
             if self.variant == "paper":
                 self._as_in_the_paper(tokens, logits.softmax(-1).mean(1), drop, tower)

@@ -22,11 +22,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from sparsevlm.core.merging import match, merge_mean, most_removable
 from sparsevlm.methods._blocks import BlockMethod
 from sparsevlm.runtime.blocks import Blocks, Tokens
+from sparsevlm.runtime.network import Network
 from sparsevlm.runtime.vision import Tower, cls_row, mean_heads
 
 
@@ -45,9 +44,10 @@ class Folder(BlockMethod):
     def layers(self, tower: Tower) -> range:
         return range(tower.layer, tower.layer + 1)
 
-    def block(self, run: Blocks, i: int, layer: nn.Module, tokens: Tokens) -> None:
+    def block(self, run: Blocks, i: int, layer: Network, tokens: Tokens) -> None:
         alpha = {"image": 5.0, "video": 0.0}[run.tower.kind] if self.alpha is None else self.alpha
         tokens.x = run.attend(layer, tokens)
+        assert tokens.keys is not None and tokens.queries is not None  # `attend` has kept them
         metric = mean_heads(tokens.keys, layer.self_attn)
         attention = cls_row(layer.self_attn, tokens.queries, tokens.keys).mean(1)
         while (now := tokens.x.shape[1]) > tokens.count + 1:

@@ -48,7 +48,7 @@ class PyramidDrop(PruneByRatios):
     name: ClassVar[str] = "pyramiddrop"
     needs_text: ClassVar[bool] = True
     scores_next: ClassVar[bool] = True
-    published: ClassVar[tuple] = ((8, 16, 24), (2, 8, 16), (1, 8, 16))  # of 32, counted from 1
+    published: ClassVar[tuple[tuple[int, ...], ...]] = ((8, 16, 24), (2, 8, 16), (1, 8, 16))  # of 32, counted from 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

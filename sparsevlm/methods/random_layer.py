@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor
 
 from sparsevlm.budget import Schedule
-from sparsevlm.methods.base import Method
+from sparsevlm.methods.base import Method, int_tuple
 from sparsevlm.methods.bases import MATCHES, PruneOnce
 from sparsevlm.methods.random import UniformDraw
 from sparsevlm.methods.sparsevlm import SparseVLM
@@ -35,7 +36,7 @@ class RandomLayer(UniformDraw, PruneOnce):
         seed: of the draw.
     """
 
-    keep: Sequence[int] | int | None = None
+    keep: Sequence[int] | int | None = None  # type: ignore[assignment]  # a list, with match="sparsevlm"
     layers: Sequence[int] | None = None
     seed: int = 0
 
@@ -43,25 +44,32 @@ class RandomLayer(UniformDraw, PruneOnce):
     matches: ClassVar[tuple[str, ...]] = (*MATCHES, LIKE_SPARSEVLM)
 
     def __post_init__(self) -> None:
-        self._set("_like", None)
         if self.match != LIKE_SPARSEVLM:
             if self.layers is not None:
                 raise ValueError("layers are for match='sparsevlm'. Use k, the number of layers that see everything")
             super().__post_init__()
-            return
-        if self.k is not None:
+        elif self.k is not None:
             raise ValueError("k does not go with match='sparsevlm'. Use layers")
-        Method.__post_init__(self)
-        self._set("_like", SparseVLM(budget=self.budget, layers=self.layers, keep=self.keep))
-        self._set("layers", self._like.layers)
-        self._set("keep", self._like.keep)
+        else:
+            Method.__post_init__(self)
+        like = self._like  # made now, because using a method must not change it
+        if like is not None:
+            self._set("layers", like.layers)
+            self._set("keep", like.keep)
+
+    @cached_property
+    def _like(self) -> SparseVLM | None:
+        """The method whose counts these are; None if it has its own."""
+        if self.match != LIKE_SPARSEVLM:
+            return None
+        return SparseVLM(budget=self.budget, layers=self.layers, keep=int_tuple(self.keep, "keep"))
 
     @property
-    def needs_text(self) -> bool:
+    def needs_text(self) -> bool:  # type: ignore[override]  # here it depends on the options
         return self._like is not None
 
     @property
-    def positions(self) -> str:
+    def positions(self) -> str:  # type: ignore[override]
         return PruneOnce.positions if self._like is None else self._like.positions
 
     def check(self, family: Family) -> None:
@@ -74,4 +82,5 @@ class RandomLayer(UniformDraw, PruneOnce):
         return super().plan(n_visual, n_layers) if self._like is None else self._like.plan(n_visual, n_layers)
 
     def merge_tokens(self, tokens: Tensor, clusters: Tensor, width: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self._like is not None  # else nothing is recycled
         return self._like.merge_tokens(tokens, clusters, width, valid)

@@ -84,7 +84,12 @@ class SparseVLM(PruneByLists):
     name: ClassVar[str] = "sparsevlm"
     needs_text: ClassVar[bool] = True
     # keep lists of the authors' score.py:11-14 at layers 2, 6, 15; the mean tokens they leave: 64.81 ... 192.03
-    lists: ClassVar[tuple] = ((64, (66, 30, 17)), (96, (238, 48, 26)), (128, (303, 110, 36)), (192, (300, 200, 110)))
+    lists: ClassVar[tuple[tuple[int, tuple[int, ...]], ...]] = (
+        (64, (66, 30, 17)),
+        (96, (238, 48, 26)),
+        (128, (303, 110, 36)),
+        (192, (300, 200, 110)),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,11 +111,13 @@ class SparseVLM(PruneByLists):
         prefill.set_raters(select_raters(visual, text, prefill.visual_valid, prefill.text_valid, rule))
 
     def score(self, stage: Stage) -> Tensor:
+        weights = stage.prefill.weights
+        assert weights is not None  # set in `begin`
         if self.raters == EVERY_TOKEN:
-            rows, raters = attention_of_all(stage), stage.prefill.weights > 0
+            rows, raters = attention_of_all(stage), weights > 0
             return (rows[:, -raters.shape[1] :] * raters[..., None]).sum(1) + paid_by_visual(stage, rows)
         rows = stage.attention(stage.prefill.tail)
-        return stage.visual_columns(mean_scores(rows, stage.prefill.weights))
+        return stage.visual_columns(mean_scores(rows, weights))
 
     def merge_tokens(self, tokens: Tensor, clusters: Tensor, width: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         centres, group = density_peaks(tokens, clusters, width, valid)

@@ -47,7 +47,12 @@ class SparseVLMPlus(SparseVLM):
 
     name: ClassVar[str] = "sparsevlm_plus"
     # keep lists of the authors' score.py:11-14 for USE_VERSION=2_0; the mean tokens they leave: 64.4 ... 192.4
-    lists: ClassVar[tuple] = ((64, (66, 34, 20)), (96, (246, 54, 28)), (128, (238, 108, 60)), (192, (300, 200, 118)))
+    lists: ClassVar[tuple[tuple[int, tuple[int, ...]], ...]] = (
+        (64, (66, 34, 20)),
+        (96, (246, 54, 28)),
+        (128, (238, 108, 60)),
+        (192, (300, 200, 118)),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,13 +63,13 @@ class SparseVLMPlus(SparseVLM):
 
     def check(self, family: Family) -> None:
         super().check(family)
-        total = family.decoder.config.num_attention_heads
+        total: int = family.decoder.config.num_attention_heads
         if self.heads > total:
             raise ValueError(f"heads {self.heads:g} is above the model's {total} attention heads. Use a share instead")
 
     def attach(self, family: Family) -> int | None:
         """Return the distance from which on the kernel is not positive; None = not below 16384, or not known."""
-        frequencies = family.decoder.rotary_emb.inv_freq
+        frequencies: Tensor = family.decoder.rotary_emb.inv_freq
         return None if frequencies.is_meta else first_nonpositive_distance(frequencies.detach().cpu(), 16384)
 
     def begin(self, prefill: Prefill, embeddings: Tensor) -> None:
@@ -83,6 +88,7 @@ class SparseVLMPlus(SparseVLM):
         rows = stage.visual_columns(stage.attention(prefill.tail))  # [B, H, T, V]
         if self.kernel:
             rows = rows / self._kernel(stage)[:, None]
+        assert prefill.weights is not None  # set in `begin`
         weights = prefill.weights.to(rows.dtype)
         per_head = rows * weights[:, None, :, None]
         if stage.visual_valid is not None:
@@ -95,6 +101,7 @@ class SparseVLMPlus(SparseVLM):
     def _kernel(self, stage: Stage) -> Tensor:
         """Compute the kernel [B, T, V] between the last `tail` positions and those of the visual tokens."""
         batch, tail = stage.hidden.shape[0], stage.prefill.tail
-        tables = [t.expand(batch, -1, -1) for t in stage.prefill.rope]
-        kernel = rope_kernel(tuple(t[:, -tail:] for t in tables), tuple(take(t, stage.visual_index) for t in tables))
+        cos, sin = (t.expand(batch, -1, -1) for t in stage.prefill.rope)
+        visual = take(cos, stage.visual_index), take(sin, stage.visual_index)
+        kernel = rope_kernel((cos[:, -tail:], sin[:, -tail:]), visual)
         return kernel if self.kernel_floor is None else kernel.clamp(min=self.kernel_floor)

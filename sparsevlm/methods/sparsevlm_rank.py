@@ -61,13 +61,14 @@ class SparseVLMRank(SparseVLM):
             raise ValueError(f"lam {self.lam} is a share between 0 and 1")
 
     def where(self, n_layers: int) -> tuple[int, ...]:
-        return scale_layers(n_layers, _LAYERS[self.rule]) if self.layers is None else self.layers
+        return scale_layers(n_layers, _LAYERS[self.rule]) if self.layers is None else tuple(self.layers)
 
     def score(self, stage: Stage) -> Tensor:
+        weights = stage.prefill.weights
+        assert weights is not None  # set in `begin`
         rows = stage.visual_columns(stage.attention(stage.prefill.tail))
-        raters = stage.prefill.weights > 0
-        stage.prefill.scratch["ranks"] = attention_rank(rows.mean(1), raters, stage.visual_valid)
-        return mean_scores(rows, stage.prefill.weights)
+        stage.prefill.scratch["ranks"] = attention_rank(rows.mean(1), weights > 0, stage.visual_valid)
+        return mean_scores(rows, weights)
 
     def keep_counts(self, stage: Stage) -> list[int]:
         ranks = stage.prefill.scratch["ranks"]

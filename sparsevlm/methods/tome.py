@@ -20,12 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from sparsevlm.core.merging import match, merge_mean, merge_schedule, most_removable
 from sparsevlm.methods._blocks import BlockMethod
 from sparsevlm.runtime.blocks import Blocks, Tokens
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.network import Network
 from sparsevlm.runtime.vision import Tower, find_towers, mean_heads
 
 
@@ -53,11 +52,12 @@ class ToMe(BlockMethod):
     def layers(self, tower: Tower) -> range:
         return range(tower.layer + 1)
 
-    def block(self, run: Blocks, i: int, layer: nn.Module, tokens: Tokens) -> None:
+    def block(self, run: Blocks, i: int, layer: Network, tokens: Tokens) -> None:
         tower = run.tower
         bias = tokens.size.log()[..., 0] if self.proportional and tokens.size is not None else None
         tokens.x = run.attend(layer, tokens, bias)
         left = tokens.x.shape[1] - merge_schedule(tower.patches, tokens.count, tower.layer + 1)[i]
+        assert tokens.keys is not None  # `attend` has kept them
         metric = mean_heads(tokens.keys, layer.self_attn)
         while (now := tokens.x.shape[1]) > left:
             pairs = match(metric, min(now - left, most_removable(now, True)))

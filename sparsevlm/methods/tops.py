@@ -32,7 +32,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sparsevlm.budget import Schedule, check_budget, check_layers, nearest
+from sparsevlm.budget import Schedule, check_budget, check_layers, in_tokens, nearest
 from sparsevlm.core.coverage import balanced
 from sparsevlm.core.diversity import cosine_matrix
 from sparsevlm.core.scores import mean_scores
@@ -102,7 +102,7 @@ class TOPS(VisionMethod):
         if self.tokens is not None:
             check_budget(self.tokens, n_visual)
             return _schedule(self.tokens, n_visual, n_layers, layers)
-        return _solve(check_budget(self.budget, n_visual), n_visual, n_layers, layers)
+        return _solve(in_tokens(self.budget, n_visual), n_visual, n_layers, layers)
 
     def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
         if self.budget == sum(sizes):

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsevlm.budget import check_budget
+from sparsevlm.budget import in_tokens
 from sparsevlm.core.packing import take
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods._vision import VisionMethod
@@ -51,7 +51,7 @@ class VisionZip(VisionMethod):
         super().__post_init__()
         if (self.dominant is None) != (self.contextual is None):
             raise ValueError("dominant and contextual go together. Use both of them, or a budget")
-        if self.dominant is None:
+        if self.dominant is None or self.contextual is None:
             return
         if self.budget is not None:
             raise ValueError("budget and dominant exclude each other. Use a budget, or dominant and contextual")
@@ -66,9 +66,10 @@ class VisionZip(VisionMethod):
         return self.dominant is not None or super().active
 
     def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
-        if self.dominant is None:
+        if self.dominant is None or self.contextual is None:
             return super().spend(sizes, n_layers)
-        return [check_budget(self.dominant + self.contextual, size) for size in sizes]
+        total = self.dominant + self.contextual
+        return [in_tokens(total, size) for size in sizes]
 
     def split(self, count: int) -> tuple[int, int]:
         """Return the dominant and contextual tokens of a picture that gets `count`."""
@@ -82,6 +83,7 @@ class VisionZip(VisionMethod):
         chosen = order[:, : dominant - 1].sort(1).values
         cls = torch.zeros_like(order[:, :1])
         rest = order[:, dominant - 1 :].sort(1).values
+        assert pictures.states is not None  # because of `captures`
         rows = [take(pictures.states, torch.cat([cls, chosen], 1))]
         if contextual:
             rows.append(contextual_tokens(take(pictures.states, rest), take(pictures.mean_keys(), rest), contextual))

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from sparsevlm.budget import Schedule, check_budget, check_layers
+from sparsevlm.budget import Schedule, check_layers, in_tokens
 from sparsevlm.core.packing import pack, take
 from sparsevlm.core.scores import rank_by_score
 from sparsevlm.methods._vision import VisionMethod
@@ -95,8 +95,8 @@ class VScan(VisionMethod):
     def _stages(self, n_visual: int, n_layers: int) -> tuple[int, int]:
         """Return T1 and T2 of a prompt."""
         if self.keep is not None:
-            return check_budget(self.keep[0], n_visual), self.keep[1]
-        return stages(check_budget(self.budget, n_visual), n_visual, self._layer(n_layers), n_layers, self.match)
+            return in_tokens(self.keep[0], n_visual), self.keep[1]
+        return stages(in_tokens(self.budget, n_visual), n_visual, self._layer(n_layers), n_layers, self.match)
 
     def spend(self, sizes: Sequence[int], n_layers: int) -> list[int]:
         return share(self._stages(sum(sizes), n_layers)[0], sizes)

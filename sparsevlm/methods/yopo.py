@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparsevlm.budget import Schedule, check_budget
+from sparsevlm.budget import Schedule, in_tokens
 from sparsevlm.methods._computation import BACKENDS, Computation, Removed
 from sparsevlm.methods._heads import load_heads
 from sparsevlm.methods.base import Method, one_of
@@ -176,7 +176,7 @@ class YOPO(Method):
         self._check_cut(n_layers)
         cut = self.cut if self.removal == "real" else None
         if isinstance(self.budget, int):
-            cut = solve_cut(check_budget(self.budget, n_visual), n_visual, n_layers, products)
+            cut = solve_cut(in_tokens(self.budget, n_visual), n_visual, n_layers, products)
         if cut is None or cut == n_layers:
             return Schedule(n_visual, n_layers, (), (), (), ())
         return Schedule(n_visual, n_layers, (cut - 1,), (0,), (0,), (0,))

@@ -30,11 +30,11 @@ def clip_pixels(frames: Sequence[Image.Image], size: int, mean: Sequence[float],
     Returns:
         float32 [frames, 3, size, size].
     """
-    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
+    low, scale = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
     out = []
     for frame in frames:
         pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1) / 255.0
-        pixels = (pixels - mean) / std
+        pixels = (pixels - low) / scale
         height, width = pixels.shape[1:]
         if width < height:
             scaled = int(height / width * size), size

@@ -76,12 +76,12 @@ def _index(path, av) -> tuple[np.ndarray, int]:
         if not container.streams.video:
             raise ValueError("it holds no video stream")
         stream = container.streams.video[0]
-        times = [
+        shown = [
             np.nan if packet.pts is None else float(packet.pts)
             for packet in container.demux(stream)
             if packet.size and not packet.is_discard
         ]
-        times = np.sort(np.array(times))
+        times = np.sort(np.array(shown))
         if len(times) > 1 and (announced := _seconds(stream.metadata.get("DURATION", ""))):
             there = float((times[-1] - times[0]) * stream.time_base) * len(times) / (len(times) - 1)
             if there < COMPLETE * announced:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsevlm.runtime.network import Network
+
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")  # also by themselves, with visual_mask=
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -65,11 +67,11 @@ class Family:
         record: of a vision-language model; None for a plain text model.
     """
 
-    outer: nn.Module
-    decoder: nn.Module
+    outer: Network
+    decoder: Network
     visual_ids: tuple[int, ...]
     rotate_half: Callable
-    model: nn.Module
+    model: Network
     record: Record | None = None
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

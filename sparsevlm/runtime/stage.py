@@ -165,7 +165,8 @@ class Stage(HasRows):
 
     def _tables(self) -> tuple[Tensor, Tensor]:
         batch = self.hidden.shape[0]
-        return tuple(t.expand(batch, -1, -1) for t in self.prefill.rope)
+        cos, sin = self.prefill.rope
+        return cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
 
     def visual_columns(self, rows: Tensor) -> Tensor:
         """Columns [..., V] of the visual tokens of [B, ..., S] attention rows."""

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from sparsevlm.runtime.families import RECORDS, Family
+from sparsevlm.runtime.network import Network
 
 #: Attributes that hold towers, and what these read.
 TOWERS = {"vision_tower": "image", "image_tower": "image", "video_tower": "video"}
@@ -26,7 +25,7 @@ class Tower:
         cls: whether the features contain the CLS token, as the first one.
     """
 
-    module: nn.Module
+    module: Network
     kind: str
     layer: int
     grid: int
@@ -42,7 +41,7 @@ class Tower:
         return self.patches + self.cls
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
+    def blocks(self) -> Sequence[Network]:
         """Encoder layers up to the one whose output the features are."""
         return self.module.encoder.layers[: self.layer + 1]
 

@@ -34,6 +34,7 @@ class StageRecord:
 
     @cached_property
     def _worked_out(self) -> tuple[list, list, list]:
+        assert self._details is not None  # else it has been worked out
         return self._details()
 
     def __getstate__(self) -> dict:
@@ -78,6 +79,7 @@ class PrefillRecord:
     @cached_property
     def raters(self) -> list[Tensor]:
         """Per sample the positions of the rater tokens in the input, int64 (empty for methods without raters)."""
+        assert self._raters is not None  # else they have been worked out
         return self._raters() or [torch.empty(0, dtype=torch.long) for _ in self.n_visual]
 
     @property

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.network import Network
 from sparsevlm.runtime.parts import part
 from sparsevlm.runtime.towers import Tower, feature_choice, find_towers
 
@@ -73,7 +74,7 @@ class Pictures:
         return mean_heads(self.keys, self.tower.blocks[-1].self_attn)
 
 
-def cls_row(attention: nn.Module, queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
+def cls_row(attention: Network, queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
     """[n, H, t] softmaxed attention, in at least float32, of token 0 to all of [n, t, d] raw projections."""
     dtype = torch.promote_types(keys.dtype, torch.float32)
     q, k = (x.to(dtype).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (queries[:, :1], keys))
@@ -81,14 +82,14 @@ def cls_row(attention: nn.Module, queries: Tensor, keys: Tensor, bias: Tensor | 
     return (logits if bias is None else logits + bias[:, None]).softmax(-1)
 
 
-def attention_logits(attention: nn.Module, queries: Tensor, keys: Tensor) -> Tensor:
+def attention_logits(attention: Network, queries: Tensor, keys: Tensor) -> Tensor:
     """[n, H, t, t] attention before the softmax, in at least float32; for methods that need all of it."""
     dtype = torch.promote_types(keys.dtype, torch.float32)
     q, k = (x.to(dtype).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (queries, keys))
     return q @ k.transpose(2, 3) * attention.scale
 
 
-def mean_heads(x: Tensor, attention: nn.Module) -> Tensor:
+def mean_heads(x: Tensor, attention: Network) -> Tensor:
     """[n, t, d / H] mean over the heads of [n, t, d] raw projections, in at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x.unflatten(-1, (attention.num_heads, -1)).mean(2)

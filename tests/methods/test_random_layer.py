@@ -48,10 +48,13 @@ def test_with_sparsevlms_scores_it_is_sparsevlm(options, monkeypatch):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("budget", [192, 128, 64])
-def test_the_model_computes_as_much_as_for_sparsevlm(budget):
+@pytest.mark.parametrize(
+    ("model", "budget"),
+    [("llama-64x12", 192), ("llama-64x12", 64), *(pytest.param("mini", b, marks=pytest.mark.slow) for b in (192, 64))],
+)
+def test_the_model_computes_as_much_as_for_sparsevlm(model, budget):
     theirs, ours = (
-        flops.run("mini", name, budget, 12, **options)
+        flops.run(model, name, budget, 12, **options)
         for name, options in (("sparsevlm", {}), ("random_layer", {"match": "sparsevlm"}))
     )
     assert (ours.entering, ours.leaving, ours.lengths) == (theirs.entering, theirs.leaving, theirs.lengths)

@@ -27,7 +27,7 @@ def documents():
     from PIL import Image
 
     found = []
-    for row in rows(seed=7, n=60):
+    for row in rows(seed=7, n=30):
         frames = [Image.open(BytesIO(frame["bytes"])) for frame in row["frames"]]
         found.append({**row, "frames": frames})
     return found
@@ -37,8 +37,8 @@ def documents():
 def scores(loaded, questions, clips) -> list[float]:
     model, processor = loaded
     found = []
-    for start in range(0, len(questions), 20):
-        part = slice(start, start + 20)
+    for start in range(0, len(questions), 15):
+        part = slice(start, start + 15)
         texts = [doc["question"] for doc in questions[part]]
         inputs = processor(text=texts, videos=[doc_to_visual(doc)[0] for doc in clips[part]])
         out = model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, inputs["input_ids"].shape[1] :]

@@ -21,8 +21,14 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("chunk", [1, 16, 45, 1000])
-@pytest.mark.parametrize("name,layout", [*((name, "batch") for name in METHODS), ("sparsevlm", "multi")])
+EVERY_CHUNK = [(name, layout, n) for name, layout in [*((m, "batch") for m in METHODS), ("sparsevlm", "multi")]
+               for n in (1, 16, 45, 1000)]  # fmt: skip
+QUICK_CHUNKS = [c for c in EVERY_CHUNK if c[2] == 16 or c[:2] == ("sparsevlm", "batch")]
+
+
+@pytest.mark.parametrize(
+    "name,layout,chunk", [c if c in QUICK_CHUNKS else pytest.param(*c, marks=pytest.mark.slow) for c in EVERY_CHUNK]
+)
 def test_chunked_prefill_is_one_prefill(name, layout, chunk):
     model = llava()
     x, _ = inputs(layout, model)

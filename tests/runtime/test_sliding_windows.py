@@ -68,7 +68,9 @@ def reference(model, x: dict, sequences: torch.Tensor, record, positions: str) -
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("family,kind", [("mistral", "ragged"), ("qwen2", "batch"), ("mistral", "one")])
+@pytest.mark.parametrize(
+    "family,kind", [("mistral", "ragged"), ("qwen2", "batch"), pytest.param("mistral", "one", marks=pytest.mark.slow)]
+)
 def test_generation_equals_masking(family, name, kind):
     model = llava(family, **FAMILIES[family])
     x, _ = inputs(kind, model)
@@ -95,7 +97,10 @@ def test_eager_attention_and_full_length_caches(family, name):
     same(logits(out), reference(model, x, out.sequences, trace.prefills[0], method.positions).float())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("original", "renumber", "plus") else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+)
 @pytest.mark.parametrize("family", ["mistral"])
 def test_a_second_turn_with_an_image_equals_the_batch_and_a_full_length_cache(family, name):
     model = llava(family, **FAMILIES[family])
