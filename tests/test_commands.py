@@ -186,7 +186,9 @@ def test_extras_that_are_to_be_installed_exist(command):
 
 
 def on_mini(command: Command) -> bool:
-    return not re.search(r"llava|experiment=(paper|methods|reproduce)|task=(?!minivqa)|hydra|\.\.\.", command.text)
+    return not re.search(
+        r"llava|experiment=(paper|methods|reproduce|separation)|task=(?!minivqa)|hydra|\.\.\.", command.text
+    )
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def as_argument(features: Mapping[str, list[Tensor] | Tensor]) -> dict[str, Base
     }
 
 
-def leaves_features_alone(model: nn.Module, method: Method) -> bool:
+def shares_features(model: nn.Module, method: Method) -> bool:
     """Whether a method hooks nothing before the language model, so that its runs can share features.
 
     False where a picture is not one row of the pixels and of the features (tiles, patches of all pictures in one

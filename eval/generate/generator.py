@@ -1,8 +1,8 @@
 """Questions through `generate()`: batches, several methods on the same batch, and what to do when something fails.
 
-A sweep asks every question under many methods. Its runs go through the questions together, as lanes: a batch's pictures
-and prompts are prepared once, its visual features are computed once (see features.py), and then every lane generates
-and writes its own ledger.
+A sweep asks every question under many methods. Its runs go through the questions together: a batch's pictures and
+prompts are prepared once, its visual features are computed once (see features.py), and then every run generates and
+writes its own ledger.
 
 Which questions share a batch is fixed by the questions and the batch size alone. A run that goes on after a crash, or
 on several processes, therefore computes the very batches that an undisturbed one would.
@@ -22,7 +22,7 @@ from lmms_eval.api.instance import Instance
 from transformers import GenerationConfig
 
 from eval.errors import one_line
-from eval.generate.features import KINDS, FeatureStore, as_argument, encoder_outputs, leaves_features_alone
+from eval.generate.features import KINDS, FeatureStore, as_argument, encoder_outputs, shares_features
 from eval.generate.ledger import Answer, Failure, Ledger
 from eval.generate.notes import notes_of, targets_of
 from eval.tasks.controls import Oracle
@@ -41,15 +41,15 @@ class GenerationError(RuntimeError):
 
 
 @dataclass
-class Lane:
-    """One run's part in a pass over the questions.
+class RunState:
+    """The state of one run in a pass over the questions.
 
     Attributes:
-        method: installed while this lane generates.
+        method: installed while this run generates.
         ledger: where its answers are kept and looked up; None = nowhere.
         answers, failures: by (task, doc_id).
         largest: prompts per `generate()`; halved when memory runs out, and then remembered.
-        error: what stopped the lane.
+        error: what stopped the run.
     """
 
     method: Method
@@ -59,8 +59,8 @@ class Lane:
     failures: dict[tuple[str, int | str], Failure] = field(default_factory=dict)
     error: GenerationError | None = None
     asked: int = 0  # questions that were asked, not looked up, and the seconds that they took; what is prepared once
-    spent: float = 0.0  # for several lanes counts in the first of them
-    shares: bool | None = None  # whether its features are those of the other lanes; None = not known yet
+    spent: float = 0.0  # for several runs counts in the first of them
+    shares: bool | None = None  # whether its features are those of the other runs; None = not known yet
 
     def look_up(self, requests: Sequence[Instance]) -> int:
         """Take the answers that the ledger has; returns how many."""
@@ -152,14 +152,14 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(k in text for k in known)
 
 
-class Asker:
-    """Asks a model.
+class Generator:
+    """Generates the answers to questions.
 
     Args:
         features: keeps visual features; its model is asked.
         documents: task -> split -> documents, in which lmms-eval's requests look.
         max_new_tokens: for tasks that do not say.
-        on_error: "stop" ends a lane at a document that cannot be answered; "record" keeps it as a failure and goes on.
+        on_error: "stop" ends a run at a document that cannot be answered; "record" keeps it as a failure and goes on.
     """
 
     def __init__(
@@ -174,8 +174,10 @@ class Asker:
         self.model, self.processor, self.features, self.documents = features.model, processor, features, documents
         self.max_new_tokens, self.on_error = max_new_tokens, on_error
 
-    def ask(self, batches: Sequence[Sequence[Instance]], lanes: Sequence[Lane], advance: Callable[[int], None]) -> None:
-        """Answer all batches (of `plan_batches`) in all lanes. A lane that fails stops, the others go on.
+    def ask(
+        self, batches: Sequence[Sequence[Instance]], states: Sequence[RunState], advance: Callable[[int], None]
+    ) -> None:
+        """Answer all batches (of `plan_batches`) in all runs. A run that fails stops, the others go on.
 
         Args:
             advance: called with the number of answers that came.
@@ -183,29 +185,29 @@ class Asker:
         for batch in batches:
             keys = {(r.args[4], r.args[3]) for r in batch}
             prepared: dict[tuple, Prepared] = {}
-            for lane in lanes:
-                if lane.error is None and not keys <= lane.answers.keys():
-                    known = len(keys & lane.answers.keys())
+            for state in states:
+                if state.error is None and not keys <= state.answers.keys():
+                    known = len(keys & state.answers.keys())
                     start = clock()
                     try:
-                        for records in self._answers(batch, lane, prepared):
-                            lane.keep(records)
-                            lane.asked, lane.spent = lane.asked + len(records), lane.spent + clock() - start
+                        for records in self._answers(batch, state, prepared):
+                            state.keep(records)
+                            state.asked, state.spent = state.asked + len(records), state.spent + clock() - start
                             start = clock()
                             advance(len(records) - known)
                             known = 0
                     except GenerationError as error:
-                        lane.error = error
+                        state.error = error
 
-    def _answers(self, batch: list[Instance], lane: Lane, prepared: dict) -> Iterator[list[Answer | Failure]]:
+    def _answers(self, batch: list[Instance], state: RunState, prepared: dict) -> Iterator[list[Answer | Failure]]:
         """Answers to a batch in parts that memory allows; documents that fail are found one by one."""
-        for start in range(0, len(batch), lane.largest) if len(batch) > lane.largest else ():
-            yield from self._answers(batch[start : start + lane.largest], lane, prepared)
-        if len(batch) > lane.largest:
+        for start in range(0, len(batch), state.largest) if len(batch) > state.largest else ():
+            yield from self._answers(batch[start : start + state.largest], state, prepared)
+        if len(batch) > state.largest:
             return
         smaller = None
         try:
-            answers = self._generate(batch, lane, prepared)
+            answers = self._generate(batch, state, prepared)
         except Exception as error:  # left before anything else happens: its traceback holds the batch's tensors
             prepared.pop(_documents(batch), None)
             if out_of_memory(error) and len(batch) > 1:
@@ -223,10 +225,10 @@ class Asker:
             torch.cuda.empty_cache()
         half = len(batch) // 2 if smaller else 1
         if smaller:
-            lane.largest = half
-            print(f"{lane.method.name}: {smaller}; going on with batches of {half}", file=sys.stderr, flush=True)
+            state.largest = half
+            print(f"{state.method.name}: {smaller}; going on with batches of {half}", file=sys.stderr, flush=True)
         for start in range(0, len(batch), half):
-            yield from self._answers(batch[start : start + half], lane, prepared)
+            yield from self._answers(batch[start : start + half], state, prepared)
 
     def _failure(self, batch: list[Instance], error: Exception) -> Failure:
         """What to record of a document that cannot be answered.
@@ -260,28 +262,28 @@ class Asker:
         return prepared.features
 
     @torch.inference_mode()
-    def _generate(self, batch: list[Instance], lane: Lane, known: dict[tuple, Prepared]) -> list[Answer]:
-        if lane.shares is None:
-            lane.shares = leaves_features_alone(self.model, lane.method)
+    def _generate(self, batch: list[Instance], state: RunState, known: dict[tuple, Prepared]) -> list[Answer]:
+        if state.shares is None:
+            state.shares = shares_features(self.model, state.method)
         kwargs, until = generation_arguments(batch[0].args[1], self.max_new_tokens)
         which = _documents(batch)
         if which not in known:
             known[which] = self._prepare(batch)
         prepared = known[which]
         seconds, inputs = prepared.seconds, prepared.inputs
-        if lane.shares:
+        if state.shares:
             features = self._features(prepared)
             seconds += prepared.features_seconds
             inputs = {k: v for k, v in inputs.items() if k not in KINDS}
         start = time.perf_counter()
         inputs = {k: v.to(self.model.device) for k, v in inputs.items()}
-        if lane.shares and features:
+        if state.shares and features:
             inputs["mm_encoder_outputs"] = as_argument(features)
         inputs |= {k: v.to(self.model.dtype) for k, v in inputs.items() if k in KINDS}
         if kwargs["do_sample"]:  # the same draws whatever was asked before
             torch.manual_seed(zlib.crc32(repr(which).encode()))
         targets = [targets_of(request, self.documents) for request in batch]
-        method = lane.method
+        method = state.method
         if isinstance(method, Oracle):
             method = replace(method, targets=[known or [] for known in targets])
         with method(self.model) as trace:

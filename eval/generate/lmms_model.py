@@ -23,7 +23,7 @@ from lmms_eval.utils import simple_parse_args_string
 from tqdm import tqdm
 
 from eval.generate.features import FeatureStore
-from eval.generate.generator import MAX_NEW_TOKENS, Asker, GenerationError, Lane, plan_batches
+from eval.generate.generator import MAX_NEW_TOKENS, GenerationError, Generator, RunState, plan_batches
 from eval.generate.ledger import Answer, Ledger
 from eval.generate.stock import model_warnings, task_warnings
 from eval.processes import resolve_device
@@ -55,7 +55,7 @@ class SparseVLMAdapter(lmms):
         feature_mb: main memory for visual features of pictures that several questions are about.
 
     Attributes:
-        lane: answers and failures so far.
+        state: answers and failures so far.
     """
 
     is_simple = True
@@ -109,7 +109,7 @@ class SparseVLMAdapter(lmms):
             raise ValueError(f"batch_size {batch_size} is below 1")
         self._max_new_tokens, self._progress = max_new_tokens, progress
         self._features = FeatureStore(model, feature_mb << 20)
-        self.lane = Lane(method, ledger, self._batch_size)
+        self.state = RunState(method, ledger, self._batch_size)
         self._told: set[str] = set()
 
     @classmethod
@@ -142,19 +142,19 @@ class SparseVLMAdapter(lmms):
         Raises:
             GenerationError: a document could not be answered; nothing is scored in its place.
         """
-        lane = self.lane
+        state = self.state
         self._warn(requests)
-        known = lane.look_up(requests)
+        known = state.look_up(requests)
         advance, close = self._bar(len(requests), known)
-        asker = Asker(self.processor, self._features, self.task_dict, max_new_tokens=self._max_new_tokens)
+        generator = Generator(self.processor, self._features, self.task_dict, max_new_tokens=self._max_new_tokens)
         try:
-            asker.ask(plan_batches(requests, self._batch_size), [lane], advance)
+            generator.ask(plan_batches(requests, self._batch_size), [state], advance)
         finally:
             close()
-        if lane.error is not None:
-            raise lane.error
-        plain = lane.ledger is None  # under lmms-eval's own command line
-        return [_result(lane.answers[r.args[4], r.args[3]], plain) for r in requests]
+        if state.error is not None:
+            raise state.error
+        plain = state.ledger is None  # under lmms-eval's own command line
+        return [_result(state.answers[r.args[4], r.args[3]], plain) for r in requests]
 
     def _warn(self, requests: Sequence[Instance]) -> None:
         """Say what `eval.run` would do otherwise: each thing once, and nothing of the embedded models, which no paper

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from eval.errors import UserError, one_line
-from eval.generate.features import FeatureStore, leaves_features_alone
-from eval.generate.generator import Asker, GenerationError, Lane, plan_batches
+from eval.generate.features import FeatureStore, shares_features
+from eval.generate.generator import GenerationError, Generator, RunState, plan_batches
 from eval.generate.ledger import Failure, Ledger
 from eval.processes import Processes, single_process_env
 from eval.runs.judging import judged, look_for_judge
@@ -55,7 +55,7 @@ class Job:
     error: Exception | None = None
     excluded: int = 0
     not_judged: str | None = None
-    lane: Lane | None = field(default=None, repr=False)
+    state: RunState | None = field(default=None, repr=False)
 
 
 def execute(jobs: Sequence[Job], command: str, progress: Progress, processes: Processes) -> None:
@@ -93,17 +93,17 @@ def _ask_and_score(jobs: Sequence[Job], command: str, progress: Progress, proces
     requests = [request for task in tasks.values() for request in task.requests]
     batches = plan_batches(requests, first.batch_size)[processes.number :: processes.count]
     with ExitStack() as stack:
-        _open_lanes(jobs, stack, processes)
-        lanes = {job.run.label: job.lane for job in jobs if job.error is None}
+        _open_states(jobs, stack, processes)
+        states = {job.run.label: job.state for job in jobs if job.error is None}
         share = [request for batch in batches for request in batch]
-        known = sum(lane.look_up(share) for lane in lanes.values())
-        progress.watch(lanes, len(share))
-        progress(len(share) * len(lanes), known)
-        if any(len(lane.answers) < len(share) for lane in lanes.values()):
+        known = sum(state.look_up(share) for state in states.values())
+        progress.watch(states, len(share))
+        progress(len(share) * len(states), known)
+        if any(len(state.answers) < len(share) for state in states.values()):
             for job in (job for job in jobs if job.error is None):
                 _guarded(job, partial(_install, job))
-            lanes = {job.run.label: job.lane for job in jobs if job.error is None}
-            _asker(first, tasks).ask(batches, list(lanes.values()), partial(progress, 0))
+            states = {job.run.label: job.state for job in jobs if job.error is None}
+            _generator(first, tasks).ask(batches, list(states.values()), partial(progress, 0))
         _exchange_errors(jobs, processes)
         if processes.first:
             for job in jobs:
@@ -111,7 +111,7 @@ def _ask_and_score(jobs: Sequence[Job], command: str, progress: Progress, proces
                     _guarded(job, partial(_score, job, loaded, tasks, requests, command))
 
 
-def sample(job: Job, few: int, processes: Processes) -> Lane:
+def sample(job: Job, few: int, processes: Processes) -> RunState:
     """Answer a few batches of a run, spread over its questions, to estimate its time; the answers are kept.
 
     Raises:
@@ -127,27 +127,27 @@ def sample(job: Job, few: int, processes: Processes) -> Lane:
     batches = plan_batches(requests, run.batch_size)[processes.number :: processes.count]
     chosen = [batches[(2 * i + 1) * len(batches) // (2 * few)] for i in range(few)] if batches else []
     with ExitStack() as stack:
-        _open_lanes([job], stack, processes)
+        _open_states([job], stack, processes)
         if job.error is not None:
             raise job.error
-        job.lane.look_up(requests)
-        asker = _asker(run, tasks)
-        asker.ask(chosen[:1], [job.lane], lambda answered: None)
-        job.lane.asked, job.lane.spent = 0, 0.0  # the first batch also pays for what is loaded once
-        asker.ask(chosen[1:], [job.lane], lambda answered: None)
-    return job.lane
+        job.state.look_up(requests)
+        generator = _generator(run, tasks)
+        generator.ask(chosen[:1], [job.state], lambda answered: None)
+        job.state.asked, job.state.spent = 0, 0.0  # the first batch also pays for what is loaded once
+        generator.ask(chosen[1:], [job.state], lambda answered: None)
+    return job.state
 
 
-def _open_lanes(jobs: Sequence[Job], stack: ExitStack, processes: Processes) -> None:
+def _open_states(jobs: Sequence[Job], stack: ExitStack, processes: Processes) -> None:
     for job in jobs:
-        job.lane = Lane(job.run.method, None, job.run.batch_size)
+        job.state = RunState(job.run.method, None, job.run.batch_size)
         _guarded(job, partial(_open_ledger, job, stack, processes.number))
 
 
-def _asker(run: RunSettings, tasks: dict[str, Questions]) -> Asker:
+def _generator(run: RunSettings, tasks: dict[str, Questions]) -> Generator:
     documents = {name: task.documents for name, task in tasks.items()}
     _, processor = _load(run.model)
-    return Asker(processor, _store(run.model, run.feature_mb), documents, on_error=run.on_error)
+    return Generator(processor, _store(run.model, run.feature_mb), documents, on_error=run.on_error)
 
 
 def _guarded(job: Job, step: Callable[[], None]) -> None:
@@ -160,7 +160,7 @@ def _guarded(job: Job, step: Callable[[], None]) -> None:
 
 def _open_ledger(job: Job, stack: ExitStack, process: int) -> None:
     try:
-        job.lane.ledger = stack.enter_context(Ledger(job.folder.ledger, job.run.answers_hash(), process))
+        job.state.ledger = stack.enter_context(Ledger(job.folder.ledger, job.run.answers_hash(), process))
     except BlockingIOError as error:
         raise UserError(f"{one_line(error)}: wait for it to finish") from error
 
@@ -172,14 +172,14 @@ def _install(job: Job) -> None:
         UserError: the model lacks what the method needs.
     """
     try:
-        job.lane.shares = leaves_features_alone(_load(job.run.model)[0], job.run.method)
+        job.state.shares = shares_features(_load(job.run.model)[0], job.run.method)
     except (ValueError, OSError) as error:
         raise UserError(one_line(error)) from error
 
 
 def _exchange_errors(jobs: Sequence[Job], processes: Processes) -> None:
     """Share between all processes which runs failed in any of them."""
-    mine = [_portable(job.error or job.lane.error, processes) for job in jobs]
+    mine = [_portable(job.error or job.state.error, processes) for job in jobs]
     for job, errors in zip(jobs, zip(*processes.gather(mine), strict=True), strict=True):
         job.error = next((error for error in errors if error is not None), None)
 
@@ -214,23 +214,23 @@ def _score(job: Job, loaded: Loaded, tasks: dict[str, Questions], requests: Sequ
     """
     from eval.generate.lmms_model import Recorded
 
-    run, lane = job.run, job.lane
-    lane.ledger.read()  # also what the other processes wrote
-    lane.look_up(requests)
-    excluded = [f for r in requests if (f := _failure(lane.ledger, r))]
+    run, state = job.run, job.state
+    state.ledger.read()  # also what the other processes wrote
+    state.look_up(requests)
+    excluded = [f for r in requests if (f := _failure(state.ledger, r))]
     job.excluded = len(excluded)
-    missing = len(requests) - len(excluded) - len(lane.answers)
+    missing = len(requests) - len(excluded) - len(state.answers)
     if missing:
         raise IncompleteRun(f"{len(requests)} questions were to be answered, {missing} were not")
-    if not lane.answers:
+    if not state.answers:
         raise GenerationError(f"not one question could be answered; the first: {excluded[0].error}")
     excluded_keys = {(f.task, f.doc_id) for f in excluded}
     evaluate = partial(
-        _evaluate, Recorded(lane.answers), tasks, excluded_keys, str(job.folder.partial), loaded.parallel
+        _evaluate, Recorded(state.answers), tasks, excluded_keys, str(job.folder.partial), loaded.parallel
     )
     evaluated, job.not_judged = judged(loaded, job.folder, evaluate)
     samples = loaded.samples(evaluated)
-    answers = [lane.answers.get(s["key"]) for s in samples]
+    answers = [state.answers.get(s["key"]) for s in samples]
     if len(samples) + len(excluded) != len(requests) or None in answers:
         raise IncompleteRun(f"{len(requests)} questions were to be scored, {len(samples) - answers.count(None)} were")
     metrics = loaded.aggregate(evaluated, samples)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from eval.generate.generator import Lane
+    from eval.generate.generator import RunState
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Group:
         title: for the bar.
         questions: that each run asks.
         labels: of the runs.
-        lanes: label -> where its answers are counted; empty before the group begins.
+        states: label -> where its answers are counted; empty before the group begins.
         sampled: label -> where a sample of it was asked beforehand.
         over: whether it has ended.
     """
@@ -40,21 +40,21 @@ class Group:
     title: str
     questions: int
     labels: Sequence[str]
-    lanes: dict[str, Lane] = field(default_factory=dict)
-    sampled: dict[str, Lane] = field(default_factory=dict)
+    states: dict[str, RunState] = field(default_factory=dict)
+    sampled: dict[str, RunState] = field(default_factory=dict)
     over: bool = False
 
     def left(self, label: str) -> int:
         """Questions that a run still has to ask."""
-        lane = self.lanes.get(label) or self.sampled.get(label)
-        if self.over or (self.lanes and (label not in self.lanes or lane.error is not None)):
+        state = self.states.get(label) or self.sampled.get(label)
+        if self.over or (self.states and (label not in self.states or state.error is not None)):
             return 0
-        return self.questions - (len(lane.answers) + len(lane.failures) if lane is not None else 0)
+        return self.questions - (len(state.answers) + len(state.failures) if state is not None else 0)
 
     def rate(self, label: str) -> float | None:
         """Seconds per question of a run as measured; None if it was not."""
-        found = [lanes[label] for lanes in (self.lanes, self.sampled) if label in lanes]
-        asked, spent = sum(lane.asked for lane in found), sum(lane.spent for lane in found)
+        found = [states[label] for states in (self.states, self.sampled) if label in states]
+        asked, spent = sum(state.asked for state in found), sum(state.spent for state in found)
         return spent / asked if asked else None
 
 
@@ -77,10 +77,10 @@ class Progress:
             self._now.over = True
         self._now = group
 
-    def watch(self, lanes: dict[str, Lane], questions: int) -> None:
-        """The lanes of the group that has begun, and how many questions each has in this process."""
+    def watch(self, states: dict[str, RunState], questions: int) -> None:
+        """Take the states of the runs of the group that has begun, and how many questions each has in this process."""
         if self._now is not None:
-            self._now.lanes, self._now.questions = dict(lanes), questions
+            self._now.states, self._now.questions = dict(states), questions
 
     def __call__(self, expected: int, answered: int) -> None:
         """Count questions of runs that begin, and answers."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from omegaconf import OmegaConf
-
 from eval.errors import UserError, unknown
 
 #: scale of a metric -> what its value is multiplied by in the papers' tables.
@@ -108,6 +106,8 @@ class Task:
         Raises:
             UserError: an unknown key, or a value that is not possible.
         """
+        from omegaconf import OmegaConf  # not needed to measure
+
         known = OmegaConf.to_container(OmegaConf.create(self.config), resolve=True)
         for key in config:
             if key not in known:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from eval.tasks import scores
 from eval.tasks.base import EXACT_MATCH, Task, TaskSettings
-from eval.tasks.questions import LETTER, SHORT
+from eval.tasks.overrides import (
+    JUDGE_OPTIONS,
+    LETTER_PROMPT,
+    SHORT_PROMPT,
+    aggregated_here,
+    as_authors_read,
+    judged,
+    post_prompt,
+)
 
-_SHORT, _LETTER = f"\n{SHORT}", f"\n{LETTER}"
 _NO_FLIP = "no video is flipped, where the authors leave a random horizontal flip on"
-_JUDGE = {
-    "judge": "${oc.env:SPARSEVLM_JUDGE,null}",  # a model at judge_url, whose key is OPENAI_API_KEY; or exact_match
-    "judge_url": "${oc.env:SPARSEVLM_JUDGE_URL,https://api.openai.com/v1}",  # any OpenAI-compatible endpoint
-    "judge_timeout": 60,  # seconds for one reply
-}
 _JUDGED = {"gpt_accuracy": "fraction", "gpt_score": "points", EXACT_MATCH: "fraction"}
 MVBENCH = (
     "action_sequence", "moving_count", "action_prediction", "episodic_reasoning", "action_antonym", "action_count",
@@ -24,56 +24,29 @@ MVBENCH = (
 )  # fmt: skip
 
 
-def _metrics(*names: str, aggregation="mean") -> list[dict]:
-    """A metric_list: leaves out the tasks' submission files, whose names hold the time of day."""
-    return [{"metric": name, "aggregation": aggregation, "higher_is_better": True} for name in names]
-
-
-def _ours(*names: str) -> Callable[[TaskSettings], dict]:
-    """Results that lmms-eval hands through, for `score` to aggregate."""
-    return lambda settings: {"metric_list": _metrics(*names, aggregation=lambda results: None)}
-
-
-def _post_prompt(text: str, **more) -> dict:
-    return {"lmms_eval_specific_kwargs": {"default": {"pre_prompt": "", "post_prompt": text, **more}}}
-
-
-def _read(name: str, *metrics: str) -> Callable[[TaskSettings], dict]:
-    """The authors' reading of answers: `<name>_results` of `eval.tasks.adjust`, whose metrics `score` aggregates; with
-    no metrics named, it is "exact_match", of which lmms-eval takes the mean."""
-
-    def overrides(settings: TaskSettings) -> dict:
-        from eval.tasks import adjust
-
-        listed = _ours(*metrics)(settings) if metrics else {"metric_list": _metrics("exact_match")}
-        return {**listed, "process_results": getattr(adjust, f"{name}_results")}
-
-    return overrides
-
-
 def _gqa(settings: TaskSettings) -> dict:
     from eval.tasks.adjust import GqaPictures
 
     pictures = GqaPictures()
-    return {**_read("gqa")(settings), "process_docs": pictures.find, "doc_to_visual": pictures.of}
+    return {**as_authors_read("gqa")(settings), "process_docs": pictures.find, "doc_to_visual": pictures.of}
 
 
 def _mmbench(settings: TaskSettings) -> dict:
     from eval.tasks.adjust import mmbench_prompt
 
     text = {} if settings.options["prompt"] == "lmms_eval" else {"doc_to_text": mmbench_prompt}
-    return {**text, **_ours("gpt_eval_score")(settings)}
+    return {**text, **aggregated_here("gpt_eval_score")(settings)}
 
 
 def _textvqa(settings: TaskSettings) -> dict:
-    return {**_post_prompt(_SHORT, ocr=settings.options["ocr"]), **_read("vqa")(settings)}
+    return {**post_prompt(SHORT_PROMPT, ocr=settings.options["ocr"]), **as_authors_read("vqa")(settings)}
 
 
 def _conbench(settings: TaskSettings) -> dict:
     from eval.tasks.adjust import conbench_results
 
     return {
-        **_ours("ConScore_D")(settings),
+        **aggregated_here("ConScore_D")(settings),
         "process_results": conbench_results,
         "generation_kwargs": {"max_new_tokens": 1024, "do_sample": False},
     }
@@ -82,32 +55,17 @@ def _conbench(settings: TaskSettings) -> dict:
 def _seedbench(settings: TaskSettings) -> dict:
     from eval.tasks.adjust import seedbench_picture
 
-    return {**_read("seedbench", "seed_all")(settings), "doc_to_visual": seedbench_picture}
+    return {**as_authors_read("seedbench", "seed_all")(settings), "doc_to_visual": seedbench_picture}
 
 
 def _nextqa(settings: TaskSettings) -> dict:
     from eval.tasks.adjust import nextqa_results
 
     return {
-        **_post_prompt(_LETTER),
+        **post_prompt(LETTER_PROMPT),
         "process_results": nextqa_results,
         "generation_kwargs": {"max_new_tokens": 16, "do_sample": False},
     }
-
-
-def _judged(kind: str, **more) -> Callable[[TaskSettings], dict]:
-    def overrides(settings: TaskSettings) -> dict:
-        from eval.tasks.judge import judge_of, scorer
-
-        judge = judge_of(settings.options)
-        scores = {"video_qa": ["gpt_accuracy", "gpt_score"], "mmvet": ["gpt_eval_score"]}.get(kind, [])
-        return {
-            **more,
-            "process_results": scorer(kind, judge, int(settings.options.get("judge_runs", 1))),
-            "metric_list": _metrics(*([] if judge is None else scores), EXACT_MATCH),
-        }
-
-    return overrides
 
 
 def _video_qa(name: str, title: str, size: int) -> Task:
@@ -119,8 +77,8 @@ def _video_qa(name: str, title: str, size: int) -> Task:
         size=size,
         metrics=_JUDGED,
         ours=tuple(_JUDGED),
-        options={"data": None, **_JUDGE},  # data: the authors' folder, see video_qa/data.py
-        overrides=_judged("video_qa"),
+        options={"data": None, **JUDGE_OPTIONS},  # data: the authors' folder, see video_qa/data.py
+        overrides=judged("video_qa"),
         judge="video_qa",
         video=True,
         note="not shipped with lmms-eval; the authors' prompt (the bare question) and Video-ChatGPT's judge prompt; "
@@ -166,7 +124,7 @@ BENCHMARKS = (
         size=2_374,
         metrics={"mme_total": "points"},
         ours=("mme_total",),
-        overrides=_read("mme", "correct"),
+        overrides=as_authors_read("mme", "correct"),
         score=scores.mme,
         group=lambda category, question: (category, question),
         columns=("category", "question_id"),
@@ -180,7 +138,7 @@ BENCHMARKS = (
         size=9_000,
         metrics={"pope_f1_mean": "percent"},
         ours=("pope_f1_mean",),
-        overrides=_read("pope", "correct"),
+        overrides=as_authors_read("pope", "correct"),
         score=scores.pope,
         group=lambda category: category,
         columns=("category",),
@@ -196,7 +154,7 @@ BENCHMARKS = (
         size=2_017,
         metrics={"exact_match": "fraction"},
         ours=("exact_match",),
-        overrides=_read("scienceqa"),
+        overrides=as_authors_read("scienceqa"),
         note="questions with a picture; LLaVA's model zoo has 66.8 where the paper's unpruned row has 69.5",
     ),
     Task(
@@ -207,7 +165,7 @@ BENCHMARKS = (
         size=214_354,
         metrics={"exact_match": "fraction"},
         ours=("exact_match",),
-        overrides=_read("vqa"),
+        overrides=as_authors_read("vqa"),
         note="validation split; the papers' 78.5 is of the test server, for which vqav2_testdev writes the file",
     ),
     Task(
@@ -257,9 +215,9 @@ BENCHMARKS = (
         size=218,
         metrics={"gpt_eval_score": "fraction", EXACT_MATCH: "fraction"},
         ours=("gpt_eval_score", EXACT_MATCH),
-        options={**_JUDGE, "judge_runs": 5},  # how often each answer is judged, as in MM-Vet's paper
+        options={**JUDGE_OPTIONS, "judge_runs": 5},  # how often each answer is judged, as in MM-Vet's paper
         score=scores.judge_runs,
-        overrides=_judged("mmvet", **_post_prompt("")),
+        overrides=judged("mmvet", **post_prompt("")),
         judge="mmvet",
         note="the bare question as prompt; lmms-eval asks for reasoning first, and scores 0 where its judge fails. The "
         "judge is asked as by MM-Vet's authors, judge_runs times; the published judge is gpt-4-0613",
@@ -275,8 +233,8 @@ BENCHMARKS = (
         size=8_000,
         metrics=_JUDGED,
         ours=tuple(_JUDGED),
-        options=_JUDGE,
-        overrides=_judged("video_qa"),
+        options=JUDGE_OPTIONS,
+        overrides=judged("video_qa"),
         judge="video_qa",
         video=True,
         note=f"the bare question as in the data (lower case, no question mark), as the authors ask; {_NO_FLIP}",
@@ -312,7 +270,7 @@ BENCHMARKS = (
         size=4_000,
         metrics={"mvbench_mean": "percent"},
         ours=("mvbench_mean",),
-        overrides=_ours("mvbench_accuracy"),
+        overrides=aggregated_here("mvbench_accuracy"),
         score=scores.mvbench,
         video=True,
         note="mean over 20 sub-tasks; a limit is shared between them",

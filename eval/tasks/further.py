@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from eval.tasks import scores, submissions
 from eval.tasks.base import EXACT_MATCH, Task, TaskSettings
-from eval.tasks.benchmarks import _JUDGE, _SHORT, _judged, _metrics, _ours, _read
+from eval.tasks.overrides import (
+    JUDGE_OPTIONS,
+    SHORT_PROMPT,
+    aggregated_here,
+    as_authors_read,
+    judged,
+    metric_list,
+)
 
-_UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + _SHORT
+_UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT_PROMPT
 _LENGTH = {"max_new_tokens": 128, "do_sample": False}
 
 
 def _vizwiz(settings: TaskSettings) -> dict:
     return {
-        **_read("vqa")(settings),
+        **as_authors_read("vqa")(settings),
         "doc_to_text": lambda doc, lmms_eval_specific_kwargs=None: doc["question"] + _UNANSWERABLE,
         "generation_kwargs": _LENGTH,
     }
@@ -31,17 +38,25 @@ def _mmbench_cn(settings: TaskSettings) -> dict:
     from eval.tasks.adjust import mmbench_cn_prompt
 
     generation = {"max_new_tokens": 1024, "do_sample": False}
-    return {**_ours("gpt_eval_score")(settings), "doc_to_text": mmbench_cn_prompt, "generation_kwargs": generation}
+    return {
+        **aggregated_here("gpt_eval_score")(settings),
+        "doc_to_text": mmbench_cn_prompt,
+        "generation_kwargs": generation,
+    }
 
 
 def _seedbench_image(settings: TaskSettings) -> dict:
     from eval.tasks.adjust import only_images
 
-    return {**_read("seedbench", "seed_image")(settings), "process_docs": only_images, "generation_kwargs": _LENGTH}
+    return {
+        **as_authors_read("seedbench", "seed_image")(settings),
+        "process_docs": only_images,
+        "generation_kwargs": _LENGTH,
+    }
 
 
 def _scienceqa_full(settings: TaskSettings) -> dict:
-    return {**_read("scienceqa")(settings), "generation_kwargs": {"max_new_tokens": 1024, "do_sample": False}}
+    return {**as_authors_read("scienceqa")(settings), "generation_kwargs": {"max_new_tokens": 1024, "do_sample": False}}
 
 
 FURTHER = (
@@ -91,8 +106,8 @@ FURTHER = (
         size=60,
         metrics={"gpt_eval_llava_all": "percent", EXACT_MATCH: "fraction"},
         ours=("gpt_eval_llava_all", EXACT_MATCH),
-        options=_JUDGE,
-        overrides=_judged("llava_bench", generation_kwargs={"max_new_tokens": 1024, "do_sample": False}),
+        options=JUDGE_OPTIONS,
+        overrides=judged("llava_bench", generation_kwargs={"max_new_tokens": 1024, "do_sample": False}),
         score=scores.llava_bench,
         judge="llava_bench",
         note="in the wild; LLaVA's judge was gpt-4-0314, and an exact match with GPT-4's answer says nothing here",
@@ -142,7 +157,7 @@ FURTHER = (
         size=2_500,
         metrics={"relaxed_overall": "fraction"},
         overrides=lambda settings: {
-            "metric_list": _metrics("relaxed_overall", "relaxed_human_split", "relaxed_augmented_split")
+            "metric_list": metric_list("relaxed_overall", "relaxed_human_split", "relaxed_augmented_split")
         },
         note="lmms-eval's prompt and rule",
     ),
@@ -154,7 +169,7 @@ FURTHER = (
         size=1_000,
         metrics={"ocrbench_accuracy": "fraction"},
         ours=("ocrbench_accuracy",),
-        overrides=_ours("ocrbench_accuracy"),
+        overrides=aggregated_here("ocrbench_accuracy"),
         score=scores.dictionaries("ocrbench_accuracy"),
         note="lmms-eval's prompt and rule; its sum grows with every run of a process, so the mean is ours",
     ),
@@ -175,7 +190,7 @@ FURTHER = (
         size=1_500,
         metrics={"average": "fraction"},
         ours=("average",),
-        overrides=_ours("average"),
+        overrides=aggregated_here("average"),
         score=scores.mmstar,
         note="lmms-eval's prompt and rule: the mean over the 18 kinds of question",
     ),

@@ -122,12 +122,12 @@ def test_lmms_evals_command_line_makes_this_versions_questions(name, tmp_path, m
 @pytest.mark.slow
 def test_lmms_evals_command_line_fails_loudly(tmp_path, monkeypatch):
     from eval.__main__ import main
-    from eval.generate.generator import Asker, GenerationError
+    from eval.generate.generator import GenerationError, Generator
 
     def fails(*arguments):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(Asker, "_generate", fails)
+    monkeypatch.setattr(Generator, "_generate", fails)
     monkeypatch.setattr(
         sys, "argv",
         ["lmms-eval", "--model", "sparsevlm", "--model_args", "pretrained=mini", "--tasks", "few", "--limit", "2",

@@ -174,16 +174,16 @@ class TestFailures:
 class TestRecordedFailures:
     def spoil(self, monkeypatch, *bad: int):
         """Let the pictures of some documents be unreadable."""
-        from eval.generate.generator import Asker
+        from eval.generate.generator import Generator
 
-        original = Asker._prepare
+        original = Generator._prepare
 
         def prepare(self, batch):
             if {r.args[3] for r in batch} & set(bad):
                 raise OSError("image file is truncated")
             return original(self, batch)
 
-        monkeypatch.setattr(Asker, "_prepare", prepare)
+        monkeypatch.setattr(Generator, "_prepare", prepare)
 
     def test_are_left_out_counted_and_named(self, monkeypatch, capfd):
         with monkeypatch.context() as patch:

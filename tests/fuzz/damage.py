@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval.generate.generator import Asker
+from eval.generate.generator import Generator
 from eval.runs import evaluate
 from scripts import make_tables
 from sparsevlm.mini import weights_dir
@@ -229,7 +229,7 @@ def checkpoints(rng: random.Random) -> str:
 @contextlib.contextmanager
 def breaking(at: int) -> Iterator[None]:
     """The model fails after `at` answers."""
-    original, calls = Asker._generate, []
+    original, calls = Generator._generate, []
 
     def generate(self, *arguments):
         calls.append(1)
@@ -238,7 +238,7 @@ def breaking(at: int) -> Iterator[None]:
         return original(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Asker, "_generate", generate)
+        patch.setattr(Generator, "_generate", generate)
         yield
 
 

@@ -65,7 +65,7 @@ def test_lmms_evals_own_spreadsheets_get_no_control_characters(adapter, document
     monkeypatch.setattr("eval.generate.generator.clean", lambda text, until: "a\tb\x07c\x0bd")
     made = adapter()
     (result,) = made.generate_until(make_requests(documents[:1]))
-    assert result.text == "a\tbcd" and made.lane.answers["minivqa", 0].text == "a\tb\x07c\x0bd"
+    assert result.text == "a\tbcd" and made.state.answers["minivqa", 0].text == "a\tb\x07c\x0bd"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_batch_answers_as_singles_do_and_in_the_order_of_the_requests(adapter,
     assert [r.text for r in batched] == [r.text for r in single]
     assert len({r.text for r in single}) > 3  # order matters
     for i in range(len(documents)):
-        a, b = one.lane.answers["minivqa", i], many.lane.answers["minivqa", i]
+        a, b = one.state.answers["minivqa", i], many.state.answers["minivqa", i]
         assert a.prompt == documents[i]["question"] and a.text == single[i].text
         assert (a.input_tokens, a.output_tokens, a.visual) == (b.input_tokens, b.output_tokens, b.visual)
         assert (a.entering, a.leaving) == (b.entering, b.leaving)
@@ -101,19 +101,19 @@ def test_answers_are_the_models_own(adapter, documents, mini):
 def test_token_averages_come_from_the_trace(adapter, documents):
     made = adapter("sparsevlm", 64, batch_size=2)
     made.generate_until(make_requests(documents[:2]))
-    answer = made.lane.answers["minivqa", 0]
+    answer = made.state.answers["minivqa", 0]
     schedule = sparsevlm.build("sparsevlm", budget=64).plan(576, 12)
     assert (answer.visual, answer.entering, answer.leaving) == (576, schedule.entering, schedule.leaving)
     assert answer.leaving == pytest.approx(64, abs=0.5)
     unpruned = adapter()
     unpruned.generate_until(make_requests(documents[:1]))
-    assert unpruned.lane.answers["minivqa", 0].leaving == 576
+    assert unpruned.state.answers["minivqa", 0].leaving == 576
 
 
 def test_beams(adapter, documents):
     made = adapter("sparsevlm", 64, batch_size=2)
     made.generate_until(make_requests(documents[:3], {"num_beams": 3, "max_new_tokens": 4}))
-    assert made.lane.answers["minivqa", 2].leaving == pytest.approx(64, abs=0.5)
+    assert made.state.answers["minivqa", 2].leaving == pytest.approx(64, abs=0.5)
     rows = SimpleNamespace(entering=[1.0] * 3 + [2.0] * 3, leaving=[3.0] * 3 + [4.0] * 3)  # three beams of each
     assert token_averages(SimpleNamespace(prefills=[rows]), [576, 576]) == [(1, 3), (2, 4)]
 
@@ -135,7 +135,7 @@ def test_requests_with_other_arguments_are_not_mixed(adapter, documents, monkeyp
     each = [{"max_new_tokens": 1 + i % 2} for i in range(4)]
     made.generate_until(make_requests(documents[:4], each))
     assert sorted(lengths) == [(2, 1), (2, 2)]
-    assert [made.lane.answers["minivqa", i].output_tokens for i in range(4)] == [1, 2, 1, 2]
+    assert [made.state.answers["minivqa", i].output_tokens for i in range(4)] == [1, 2, 1, 2]
 
 
 def test_progress_counts_what_was_known_before(adapter, documents, tmp_path):

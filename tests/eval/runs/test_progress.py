@@ -6,7 +6,7 @@ import re
 import pytest
 
 from eval.generate import generator as asking
-from eval.generate.generator import Lane
+from eval.generate.generator import RunState
 from eval.run import main
 from eval.runs import series
 from eval.runs.progress import Group, Progress
@@ -32,31 +32,31 @@ class Sweep:
         self.sampled = sampled
         self.history: list[tuple[float, float, int]] = []
 
-    def ask(self, lane: Lane, task: str, method: str, batch: int) -> None:
+    def ask(self, state: RunState, task: str, method: str, batch: int) -> None:
         spread = 1 + self.uneven * ((batch * 7919) % 21 - 10) / 10  # batches differ, evenly over the task
         wobble = (
             1 + self.uneven * ((hash_of(task) * hash_of(method)) % 11 - 5) / 25
         )  # methods gain a little differently
         seconds = 8 * TASKS[task][0] * METHODS[method] * spread * wobble
         for i in range(8):
-            lane.answers[task, 8 * batch + i] = None
-        lane.asked, lane.spent, self.now = lane.asked + 8, lane.spent + seconds, self.now + seconds
+            state.answers[task, 8 * batch + i] = None
+        state.asked, state.spent, self.now = state.asked + 8, state.spent + seconds, self.now + seconds
 
     def run(self) -> float:
         for group in self.progress.groups[1:]:
             for k in range(self.sampled):
-                lane = group.sampled.setdefault("none", Lane(None, None, 8))
-                self.ask(lane, group.title, "none", (2 * k + 1) * group.questions // 16 // self.sampled)
+                state = group.sampled.setdefault("none", RunState(None, None, 8))
+                self.ask(state, group.title, "none", (2 * k + 1) * group.questions // 16 // self.sampled)
         for group in self.progress.groups:
             self.progress.begin(group)
-            lanes = {method: Lane(None, None, 8) for method in METHODS}
+            states = {method: RunState(None, None, 8) for method in METHODS}
             if known := group.sampled.get("none"):
-                lanes["none"].answers.update(known.answers)
-            self.progress.watch(lanes, group.questions)
+                states["none"].answers.update(known.answers)
+            self.progress.watch(states, group.questions)
             for batch in range(group.questions // 8):
-                for method, lane in lanes.items():
-                    if (group.title, 8 * batch) not in lane.answers:
-                        self.ask(lane, group.title, method, batch)
+                for method, state in states.items():
+                    if (group.title, 8 * batch) not in state.answers:
+                        self.ask(state, group.title, method, batch)
                 self.history.append((self.now, *self.progress.left()))
         return self.now
 
@@ -89,9 +89,9 @@ def test_in_words():
     group = Group("t", 100, ["a"])
     progress.groups = [group]
     assert progress.estimate() == "100 questions left, time unknown"
-    lane = Lane(None, None, 8, asked=10, spent=600.0)
-    lane.answers.update({("t", i): None for i in range(10)})
-    group.lanes = {"a": lane}
+    state = RunState(None, None, 8, asked=10, spent=600.0)
+    state.answers.update({("t", i): None for i in range(10)})
+    group.states = {"a": state}
     assert progress.estimate() == "1.5 h left"
     progress.groups.append(Group("u", 7, ["a"]))
     assert progress.estimate() == "at least 1.5 h left: 7 questions are of a kind not measured yet"
@@ -101,8 +101,8 @@ def test_in_words():
 
 
 def test_a_lane_that_failed_has_nothing_left():
-    lane = Lane(None, None, 8, asked=10, spent=10.0, error=asking.GenerationError("x"))
-    assert Group("t", 100, ["a"], {"a": lane}).left("a") == 0
+    state = RunState(None, None, 8, asked=10, spent=10.0, error=asking.GenerationError("x"))
+    assert Group("t", 100, ["a"], {"a": state}).left("a") == 0
 
 
 def test_a_series_samples_its_later_tasks_and_asks_nothing_twice(tmp_path, monkeypatch, capfd):
@@ -126,9 +126,11 @@ def test_seconds_are_those_of_the_lanes_own_batches(monkeypatch, tmp_path):
         now[0] += 1.0
         return now[0]
 
-    lanes = {}
+    states = {}
     monkeypatch.setattr(asking, "clock", clock)
     watch = Progress.watch
-    monkeypatch.setattr(Progress, "watch", lambda self, found, n: (lanes.update(found), watch(self, found, n)) and None)
+    monkeypatch.setattr(
+        Progress, "watch", lambda self, found, n: (states.update(found), watch(self, found, n)) and None
+    )
     assert main(["-m", "method=random", "budget=64,32", "limit=4", "batch_size=2"]) == 0
-    assert [(lane.asked, lane.spent) for lane in lanes.values()] == [(4, 2.0), (4, 2.0)]  # a tick a batch
+    assert [(state.asked, state.spent) for state in states.values()] == [(4, 2.0), (4, 2.0)]  # a tick a batch
