@@ -42,8 +42,8 @@ class _Probe(Method):
 
     def keep_all(self, stage: Stage) -> None:
         row = stage.attention(1)[:, :, 0].double()
-        visual = stage.visual_columns(row).sum(-1)
-        stage.prefill.attached.append((visual / (1 - visual)).cpu().numpy())
+        visual, text = (row.masked_fill(flag[:, None], 0).sum(-1) for flag in (~stage.rows.flag, stage.rows.flag))
+        stage.prefill.attached.append((visual / text).cpu().numpy())
 
     def annotate(self, record: StageRecord, prefill: Prefill) -> None:
         record.ratios = prefill.attached[-1]
