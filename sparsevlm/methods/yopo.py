@@ -221,10 +221,10 @@ def _grid(family: Family, name: str) -> int | None:
     if not family.visual_ids:
         return None
     tokens = {tower.tokens for tower in find_towers(family, name)}
-    (count, *others) = tokens
+    count, *others = sorted(tokens)
     if others or isqrt(count) ** 2 != count:
         raise ValueError(
-            f"window needs pictures whose tokens form a square grid; this model's have {', '.join(map(str, tokens))} "
+            f"window needs pictures whose tokens form a square grid; this model's have {', '.join(map(str, sorted(tokens)))} "
             "tokens (with CLS?). Use window=None"
         )
     return count
