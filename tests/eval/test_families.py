@@ -83,7 +83,7 @@ def test_right_answers_are_scored(monkeypatch):
     from eval.generate import generator
 
     right = {}
-    original = generator.Asker._generate
+    original = generator.Generator._generate
 
     def oracle(self, batch, lane, known):
         answers = original(self, batch, lane, known)
@@ -93,7 +93,7 @@ def test_right_answers_are_scored(monkeypatch):
             object.__setattr__(answer, "text", right[answer.doc_id])
         return answers
 
-    monkeypatch.setattr(generator.Asker, "_generate", oracle)
+    monkeypatch.setattr(generator.Generator, "_generate", oracle)
     assert run("qwen2_vl", "method=divprune", "budget=0.5") == 0
     (made,) = results()
     assert made["metrics"]["visual_accuracy"]["value"] == 1.0 and len(right) == 4
