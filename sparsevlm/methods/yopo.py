@@ -220,14 +220,14 @@ def _grid(family: Family, name: str) -> int | None:
     """
     if not family.visual_ids:
         return None
-    tokens = {tower.tokens for tower in find_towers(family, name)}
-    count, *others = sorted(tokens)
-    if others or isqrt(count) ** 2 != count:
+    tokens = sorted({tower.tokens for tower in find_towers(family, name)})
+    if len(tokens) > 1 or isqrt(tokens[0]) ** 2 != tokens[0]:
+        found = ", ".join(map(str, tokens))
         raise ValueError(
-            f"window needs pictures whose tokens form a square grid; this model's have {', '.join(map(str, sorted(tokens)))} "
-            "tokens (with CLS?). Use window=None"
+            f"window needs pictures whose tokens form a square grid; this model's have {found} tokens (with CLS?). Use "
+            "window=None"
         )
-    return count
+    return tokens[0]
 
 
 def _check_linear(family: Family, heads: bool, ffn: bool) -> None:
