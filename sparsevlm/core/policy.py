@@ -27,7 +27,9 @@ def straight_through(log_probabilities: Tensor, noise: Tensor, temperature: floa
     return (hard - soft.detach() + soft)[..., 0]
 
 
-def gumbel(shape, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def gumbel(
+    shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Draw Gumbel noise, as `torch.nn.functional.gumbel_softmax` does."""
     return -torch.empty(shape, dtype=dtype).exponential_(generator=generator).log()
 

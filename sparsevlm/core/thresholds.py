@@ -58,7 +58,8 @@ def relative(scores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def stride_of(sampling: float) -> int:
     """Return the step in rows and in columns of a uniform sample of so large a share of the tokens."""
-    return max(1, round(sampling**-0.5))
+    step: float = sampling**-0.5
+    return max(1, round(step))
 
 
 def spatial_scores(sampled: Tensor, sampling: float) -> Tensor:
@@ -78,7 +79,8 @@ def soft_mask(above: Tensor, temperature: float = TEMPERATURE) -> Tensor:
 
 def layer_penalty(kept: list[Tensor], layers: tuple[int, ...], n_visual: int) -> Tensor:
     """Compute the mean over samples of sum_l l * kept_l / n_visual, of tokens kept [B] after each stage."""
-    return sum(layer * k for layer, k in zip(layers, kept, strict=True)).mean() / n_visual
+    total = sum((layer * k for layer, k in zip(layers, kept, strict=True)), kept[0].new_zeros(()))
+    return total.mean() / n_visual
 
 
 def target_loss(kept: list[Tensor], target: float) -> Tensor:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sparsevlm.methods._question import Question
 from sparsevlm.methods._vision import VisionMethod
 from sparsevlm.runtime.families import Family
+from sparsevlm.runtime.network import Network
 from sparsevlm.runtime.vision import Encoding, Pictures, Reduced, Vision, find_towers
 
 
@@ -71,6 +72,7 @@ class ClipMethod(VisionMethod):
         if encoding.prompts is None or len(encoding.prompts) != len(texts):
             raise ValueError(f"method {self.name!r} must know the question. Pass input_ids and pixel values together")
         of_picture = [prompt for prompt, n in enumerate(encoding.prompts) for _ in range(n)]
+        assert pictures.states is not None  # because of `captures`
         states = pictures.states if encoding.tower.cls else pictures.states[:, 1:]
         embeds = clip.visual_projection(clip.vision_model.post_layernorm(states))
         embeds = F.normalize(embeds.to(torch.promote_types(embeds.dtype, torch.float32)), dim=-1)
@@ -87,7 +89,7 @@ class ClipMethod(VisionMethod):
 class _Loaded:
     """CLIP, its tokenizer and the function that reads a prompt's question, on the device of one model."""
 
-    clip: nn.Module
+    clip: Network
     tokenizer: Any
     question: Callable[[Tensor], str]
 
@@ -97,7 +99,7 @@ class _Loaded:
 
         path = method.clip if isinstance(method.clip, str) else None
         weight = next(family.decoder.parameters())
-        clip = CLIPModel.from_pretrained(path) if path else method.clip
+        clip: Network = CLIPModel.from_pretrained(path) if path else method.clip
         if method.tokenizer is None and path is None:
             raise ValueError("a loaded clip= comes without its tokenizer. Use tokenizer= of its text tower, too")
         tokenizer = AutoTokenizer.from_pretrained(path) if method.tokenizer is None else method.tokenizer

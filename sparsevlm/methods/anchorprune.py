@@ -61,6 +61,7 @@ class AnchorPrune(ClipMethod):
             raise ValueError(f"patience {self.patience} must be at least 1, k_max {self.k_max} a share from 0 to 1")
 
     def reduce(self, pictures: Pictures, count: int) -> Reduced:
+        assert pictures.relevance is not None  # `encode` has computed it
         cls = int(pictures.tower.cls)
         relevance, embeds = pictures.relevance[:, cls:], pictures.more["embeds"][:, cls:]
         least = min(int(5 * count / 32 + 0.5) if self.k_min is None else self.k_min, count)

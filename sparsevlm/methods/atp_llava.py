@@ -87,7 +87,7 @@ class ATPLLaVA(PruneInStages):
             raise ValueError(f"sampling {self.sampling} is a share of the tokens. Use a number above 0, at most 1")
 
     def where(self, n_layers: int) -> tuple[int, ...]:
-        return scale_layers(n_layers, _LAYERS) if self.layers is None else self.layers
+        return scale_layers(n_layers, _LAYERS) if self.layers is None else tuple(self.layers)
 
     def attach(self, family: Family) -> Stages:
         return find(self.modules, family, self.where(family.n_layers), self.layers, self.variant, self.seed)

@@ -112,7 +112,9 @@ class Method:
     def announce(self, attached: Any, input_ids: Tensor) -> None:
         """Take note of the new tokens [B, L] of the prompts whose pictures are encoded next."""
 
-    def look_ahead(self, attached: Any, input_ids: Tensor | None, visual: Tensor | None, arguments: dict) -> None:
+    def look_ahead(
+        self, attached: Any, input_ids: Tensor | None, visual: Tensor | None, arguments: dict[str, Any]
+    ) -> None:
         """Look at a call of the model, or of its generate(), before anything of it is computed.
 
         Args:

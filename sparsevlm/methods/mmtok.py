@@ -144,6 +144,7 @@ class MMTok(VisionMethod):
         return (z @ p.mT / self.text_temperature).softmax(-1) / max(words.shape[1], 1)
 
     def reduce(self, pictures: Pictures, count: int) -> Reduced:
+        assert pictures.states is not None  # because of `captures`
         similar = cosine_matrix(pictures.states[:, 1:])
         seen = (similar / self.vision_temperature).softmax(-1) * (self.alpha / similar.shape[1])
         rows = torch.cat([pictures.more["words"].to(seen), seen], 1)

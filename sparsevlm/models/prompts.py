@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 _SYSTEM = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
@@ -38,10 +36,15 @@ def as_conversation(text: str | list[Message]) -> list[Message]:
 
 def render_hub(messages: list[Message], media: list[str], tokenizer, template: str) -> str:
     """The checkpoint's chat template. `media` ("image", "video") go into the first turn, before its text."""
+<<<<<<< ours
     turns: list[dict[str, Any]] = [
         {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages
     ]
     turns[0]["content"] = [{"type": kind} for kind in media] + turns[0]["content"]
+=======
+    turns = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    turns[0]["content"] = [*({"type": kind} for kind in media), *turns[0]["content"]]
+>>>>>>> theirs
     return tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, tokenize=False)
 
 
