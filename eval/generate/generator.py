@@ -4,7 +4,7 @@ A sweep asks every question under many methods. Its runs go through the question
 prompts are prepared once, its visual features are computed once (see features.py), and then every run generates and
 writes its own ledger.
 
-Which questions share a batch is fixed by the questions and the batch size alone. A run that goes on after a crash, or
+Which questions share a batch is fixed by the questions and the batch size alone. A run that resumes after a crash, or
 on several processes, therefore computes the very batches that an undisturbed one would.
 """
 
@@ -159,7 +159,7 @@ class Generator:
         features: keeps visual features; its model is asked.
         documents: task -> split -> documents, in which lmms-eval's requests look.
         max_new_tokens: for tasks that do not say.
-        on_error: "stop" ends a run at a document that cannot be answered; "record" keeps it as a failure and goes on.
+        on_error: "stop" ends a run at a document that cannot be answered; "record" keeps it as a failure and continues.
     """
 
     def __init__(

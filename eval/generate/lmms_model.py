@@ -110,7 +110,7 @@ class SparseVLMAdapter(lmms):
         self._max_new_tokens, self._progress = max_new_tokens, progress
         self._features = FeatureStore(model, feature_mb << 20)
         self.state = RunState(method, ledger, self._batch_size)
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> SparseVLMAdapter:
@@ -167,9 +167,9 @@ class SparseVLMAdapter(lmms):
             else model_warnings(self.model.config.model_type, self.processor.prompt, self.processor.image_aspect_ratio)
         )
         for line in [*model, *task_warnings(requests)]:
-            if line not in self._told:
+            if line not in self._reported:
                 print(line, file=sys.stderr, flush=True)
-                self._told.add(line)
+                self._reported.add(line)
 
     def _bar(self, total: int, done: int) -> tuple[Callable[[int], None], Callable[[], None]]:
         if self._progress is not None:

@@ -10,7 +10,8 @@ beside the unpruned model and its floor in the same rounds (`sparsevlm/cost/late
 
 Writes `<results>/runs/latency__<model or shape>__<config hash>/`, one per batch size and attention. The hash covers the
 machine, so each machine has its own folder; the same command again on the same machine finds it and measures nothing,
-and an interrupted one resumes. What does not fit into memory is noted, and the rest goes on.
+and an interrupted one resumes. A setting that does not fit into memory is noted; the others are
+timed.
 """
 
 from __future__ import annotations

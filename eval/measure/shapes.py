@@ -139,8 +139,8 @@ def check_memory(plans: Sequence[Plan], decode_tokens: int) -> None:
     """See that what is to be timed fits into memory.
 
     Raises:
-        MemoryError: it does not. On a GPU only the smallest batches are checked: it says by itself that a batch is too
-            large, and the rest goes on.
+        MemoryError: it does not. On a GPU only the smallest batches are checked: a batch that is too large
+            fails there alone, and the others are timed.
     """
     for one in plans:
         if one.device != "cpu" and one.batch_size != min(p.batch_size for p in plans):

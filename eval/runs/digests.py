@@ -12,21 +12,19 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
 from eval.errors import UserError, one_line
+from eval.runs.model_settings import ModelSettings
 from eval.tasks import TASKS, TaskSettings
 from eval.tasks.generated import Generated
 from eval.tasks.requests import load_questions, quiet
 from sparsevlm.models.checkpoint import read_config
 from sparsevlm.models.loading import read_processor
-
-if TYPE_CHECKING:
-    from eval.runs.settings import ModelSettings, RunSettings
 
 #: Generated questions depend on their seed and number alone, so the first ones show how all are asked.
 _GENERATED = 18
@@ -39,7 +37,22 @@ _LOADING = ("name", "pretrained", "revision", "dtype", "device", "attn_implement
 _DIGITS, _SAMPLED = 2, 8  # pixels are compared roughly, at few points: not bit for bit between machines
 
 
-def asked(run: RunSettings) -> dict[str, str]:
+class Asks(Protocol):
+    """What the digests depend on; `eval.runs.settings.RunSettings` is one."""
+
+    @property
+    def task(self) -> TaskSettings: ...
+    @property
+    def limit(self) -> int | None: ...
+    @property
+    def max_new_tokens(self) -> int | None: ...
+    @property
+    def checkpoint(self) -> Path: ...
+    @property
+    def model(self) -> ModelSettings: ...
+
+
+def asked(run: Asks) -> dict[str, str]:
     """What a run asks, for its identity: of equal content for runs that ask the same in the same way.
 
     Raises:

@@ -14,6 +14,7 @@ import sparsevlm
 from eval.errors import ON_ERROR, UserError, one_line, unknown
 from eval.processes import resolve_device
 from eval.runs.digests import asked, forget
+from eval.runs.model_settings import ModelSettings
 from eval.tasks import (
     TASKS,
     TaskSettings,
@@ -34,22 +35,6 @@ _TOP = (
 _TYPICAL = 1280  # visual tokens with which settings are tried where their number depends on the picture
 _WHOLE_FILE_BYTES = 64 << 20  # larger files are fingerprinted by samples
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """Config group `model`. All but `name` are keywords of `sparsevlm.load`; `device` may also be "auto"."""
-
-    name: str
-    pretrained: str
-    revision: str | None
-    dtype: str | None
-    device: str
-    attn_implementation: str
-    prompt: str
-    image_aspect_ratio: str
-    min_pixels: int | None
-    max_pixels: int | None
 
 
 @dataclass(frozen=True)

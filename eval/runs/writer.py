@@ -27,7 +27,7 @@ git {commit, dirty} is read when a run starts. dirty: the commit alone does not 
 files were changed, or because the run was interrupted and resumed at another commit.
 
 A folder appears complete or not at all: until then everything is in the hidden folder `.<name>.partial` beside it, with
-the ledger from which an interrupted run goes on.
+the ledger from which an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class RunFolder:
         return self._whole("metrics.json", json.loads)
 
     def check(self) -> None:
-        """See that a finished run is whole, before it is told that it is there.
+        """Check that a finished run is whole, before it is reported as there.
 
         Raises:
             UserError: a file is missing or damaged, or there are more or fewer samples than metrics.json says.

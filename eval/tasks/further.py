@@ -30,7 +30,7 @@ def _vizwiz_test(settings: TaskSettings) -> dict:
 
 
 def _vqav2_testdev(settings: TaskSettings) -> dict:
-    submissions.other_questions(settings)  # a file that is missing or damaged is told now
+    submissions.other_questions(settings)  # refuses a missing or damaged file before any question
     return {"generation_kwargs": _LENGTH, **submissions.overrides("testdev")}
 
 

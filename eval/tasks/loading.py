@@ -1,4 +1,4 @@
-"""A task with its questions, ready for lmms-eval; what is missing or broken is told before a model is loaded."""
+"""A task with its questions, ready for lmms-eval; what is missing or broken is refused before a model is loaded."""
 
 from __future__ import annotations
 

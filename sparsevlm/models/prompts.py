@@ -36,15 +36,8 @@ def as_conversation(text: str | list[Message]) -> list[Message]:
 
 def render_hub(messages: list[Message], media: list[str], tokenizer, template: str) -> str:
     """The checkpoint's chat template. `media` ("image", "video") go into the first turn, before its text."""
-<<<<<<< ours
-    turns: list[dict[str, Any]] = [
-        {"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages
-    ]
-    turns[0]["content"] = [{"type": kind} for kind in media] + turns[0]["content"]
-=======
     turns = [{"role": m["role"], "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     turns[0]["content"] = [*({"type": kind} for kind in media), *turns[0]["content"]]
->>>>>>> theirs
     return tokenizer.apply_chat_template(turns, chat_template=template, add_generation_prompt=True, tokenize=False)
 
 
