@@ -32,6 +32,11 @@ from sparsevlm.settings import Setting, parse_integers
 BUDGETS = {"llava-1.5-7b": (192, 128, 64), "llava-1.5-13b": (192, 128, 64), "video-llava-7b": (194, 135)}
 OTHER_BUDGETS = (192, 128, 64)  # of a model that is not in BUDGETS
 UNCOUNTED = dict.fromkeys(("anchorprune", "cdpruner"), "needs CLIP's text tower, which is no part of the model")
+UNCOUNTED |= {
+    "atp_llava": "keeps as many tokens as the picture asks for; its runs say how many these were",
+}
+# Without weights: an untrained predictor computes as much as a trained one; the model itself as guide.
+WEIGHTS = {"dynamic_llava": {"predictor": "untrained"}, "sgl": {"guide": "self"}}
 # The rank forms at the ranks at which they meet their nominal budgets: settings of the README of the authors' v1.0,
 # and their video branch's at the budgets of the paper's v4 (194) and v1 (135).
 RANKS = {
@@ -87,10 +92,11 @@ def settings(model: str, names: Iterable[str], budgets: Sequence[int]) -> Iterat
         if method_class(name).adaptive:
             yield from ((name, None, options) for options in RANKS["video" if "video" in model else "llava"])
             continue
+        options = WEIGHTS.get(name, {})
         for budget in budgets:
-            yield name, budget, {}
+            yield name, budget, options
             if drops_early(name):
-                yield name, budget, PLAIN
+                yield name, budget, options | PLAIN
 
 
 def drops_early(name: str) -> bool:

@@ -165,7 +165,7 @@ def test_the_shift_reaches_the_mean_that_is_asked_for():
     assert reached != solve(mini, data, 120.0, modules="untrained")[1]
 
 
-@pytest.mark.parametrize("method", ["dynamic_llava"])
+@pytest.mark.parametrize("method", ["dynamic_llava", "atp_llava"])
 def test_shipped_modules_say_what_they_are(method):
     file = read_modules(weights_dir().parent / "modules" / f"{method}.safetensors", method)
     assert file.path.stat().st_size <= 100_000
