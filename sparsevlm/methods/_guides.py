@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from sparsevlm.runtime.families import Family, locate
 from sparsevlm.runtime.towers import TOWERS, find_towers
 
 SHIPPED = "mini-guide"
+#: By decoder of the model: name, dtype and device of the guide that was loaded for it last, and the guide itself.
+_loaded_for: WeakKeyDictionary[nn.Module, tuple[tuple, nn.Module]] = WeakKeyDictionary()
 
 
 def find_guide(guide: Any, shared: bool | None, family: Family) -> tuple[Family, bool]:
@@ -34,9 +37,7 @@ def find_guide(guide: Any, shared: bool | None, family: Family) -> tuple[Family,
             raise ValueError(
                 "method 'sgl' needs a guide. Use guide=<a small model, its folder or hub id>, or guide=\"self\""
             )
-        from sparsevlm.mini import weights_dir
-
-        guide = weights_dir(SHIPPED)
+        guide = SHIPPED
     if not isinstance(guide, str | os.PathLike | nn.Module):
         raise ValueError(f'guide must be a model, a folder, a hub id or "self", not {guide!r}')
     found = locate(guide) if isinstance(guide, nn.Module) else None
@@ -72,15 +73,20 @@ def _is_mini(family: Family) -> bool:
 
 
 def _loaded(guide: Any, family: Family) -> nn.Module:
-    """A checkpoint in the dtype and on the device of the model. Where that has no weights (on the meta device, to count
-    multiply-adds), the guide has none either."""
+    """A checkpoint in the dtype and on the device of the model, which keeps it: a folder is read once per model. Where
+    the model has no weights (on the meta device, to count multiply-adds), the guide has none either."""
     from sparsevlm.models.checkpoint import find_checkpoint, read_config
     from sparsevlm.models.loading import load
 
     weight = next(family.decoder.parameters())
     named = isinstance(guide, str | os.PathLike)
     if not weight.is_meta:
-        return load(guide, dtype=weight.dtype, device=weight.device)[0] if named else guide
+        if not named:
+            return guide
+        key = str(guide), weight.dtype, weight.device
+        if family.decoder not in _loaded_for or _loaded_for[family.decoder][0] != key:
+            _loaded_for[family.decoder] = key, load(guide, dtype=weight.dtype, device=weight.device)[0]
+        return _loaded_for[family.decoder][1]
     from sparsevlm.cost.counters import without_weights
 
     config = read_config(find_checkpoint(guide)) if named else copy.deepcopy(guide.config)

@@ -11,6 +11,7 @@ from sparsevlm.mini.training.batches import BatchShape
 from sparsevlm.mini.training.guide import GuideRun, GuideSettings
 from sparsevlm.mini.training.hub import load_weights
 from sparsevlm.mini.training.plan import Phase
+from sparsevlm.runtime.families import locate
 
 CPU = torch.device("cpu")
 TINY = (Phase("answer", BatchShape(8, 2, 2), 1.0, 1.0),)
@@ -95,6 +96,8 @@ def test_shipped_guide_is_minis_default_and_shares_its_tower():
             model(**inputs)
         kept.append(trace.prefills[0].stages[0].scores[0])
     assert torch.equal(kept[0], kept[1])
+    guides = [sparsevlm.build("sgl").attach(locate(model)).guide.family.model for _ in range(2)]
+    assert guides[0] is guides[1]  # read once
     torch.testing.assert_close(kept[0], kept[2])
     weights = weights_dir("mini-guide") / "model.safetensors"
     assert weights.stat().st_size < 4e6
