@@ -10,23 +10,25 @@ import sparsevlm
 from eval.generate import lmms_model
 from eval.measure import latency
 from scripts import draw_kept
-from sparsevlm.cost import bench
 from sparsevlm.methods import build
 from sparsevlm.settings import parse_options, parse_setting, parse_value
 
 LISTS = ["(2,6,12)", "[2,6,12]", "2/6/12", "(2, 6, 12)"]
-QUICK = ["--shape", "llama-64x16", "--prompt", "4+64+8", "--device", "cpu", "--out", "x"]
+SHAPE = ["--shape", "llama-64x16", "--prompt", "4+64+8", "--device", "cpu"]
 
 
 class Built(Exception):
     """What a command made of a method's options."""
 
 
-def by_bench(layers: str, monkeypatch, tmp_path):
-    args = bench._parser().parse_args([*QUICK, "--setting", f"sparsevlm::layers={layers}:keep=30/20/10"])
-    (work,) = bench.plan(args)
-    name, budget, options = work.settings[0]
-    return sparsevlm.build(name, budget=budget, **options)
+def by_latency_of_a_shape(layers: str, monkeypatch, tmp_path):
+    def stop(results, plans, *rest, **how):
+        name, budget, options = plans[0].settings[0]
+        raise Built(sparsevlm.build(name, budget=budget, **options))
+
+    monkeypatch.setattr(latency, "time_shapes", stop)
+    setting = f"sparsevlm::layers={layers}:keep=30/20/10"
+    return built(lambda: latency.main([setting, *SHAPE, "--results", str(tmp_path)]))
 
 
 def by_latency(layers: str, monkeypatch, tmp_path):
@@ -70,7 +72,9 @@ def built(start):
 
 
 @pytest.mark.parametrize("layers", LISTS)
-@pytest.mark.parametrize("entry", [by_bench, by_latency, by_draw_kept, by_lmms_eval], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "entry", [by_latency_of_a_shape, by_latency, by_draw_kept, by_lmms_eval], ids=lambda f: f.__name__
+)
 def test_every_spelling_at_every_entry(entry, layers, monkeypatch, tmp_path):
     method = entry(layers, monkeypatch, tmp_path)
     assert method == build("sparsevlm", budget=None, layers=(2, 6, 12), keep=(30, 20, 10))

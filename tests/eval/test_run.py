@@ -315,7 +315,7 @@ class TestExperiments:
             folder.publish({"metrics.json": json.dumps({"cost": {"text_tokens": text_tokens}})})
         given = {}
 
-        def measure(net, settings, text_tokens, batch_size, repeats, warmup, decode_tokens, progress):
+        def measure(net, settings, text_tokens, batch_size, repeats, warmup, decode_tokens, **more):
             given.update(settings=settings, text_tokens=text_tokens, rounds=(repeats, warmup), dtype=net.dtype)
             return []
 
