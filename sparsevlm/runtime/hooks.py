@@ -129,7 +129,7 @@ class Hooks:
         self.calling, self.mask, self.positions = True, kwargs.get("attention_mask"), kwargs.get("position_ids")
         self.cache_state = admit(cache, self.described)
         ids = self._ids(kwargs.get("input_ids"), kwargs)
-        self._announce(self._of_prompt(ids, cache), kwargs)
+        self._announce(ids, kwargs)
         pictured = ids is not None and inputs.has_pixels(kwargs)
         if self.given is not None:
             self.visual = self.given.of(ids if embeds is None else embeds, cache, self.generating)
@@ -195,10 +195,6 @@ class Hooks:
         if embeds is not None and self.family.visual_ids and inputs.has_pixels(kwargs):
             return inputs.placeholder_ids(self.family, embeds)
         return ids if isinstance(ids, Tensor) else None
-
-    def _of_prompt(self, ids: Tensor | None, cache) -> Tensor | None:
-        """Those of the ids [B, L] of a call that generate() was given, not what it has generated or guessed."""
-        return ids if ids is None or self.prompt_length is None else ids[:, : self.prompt_length - seen_tokens(cache)]
 
     def _announce(self, ids: Tensor | None, kwargs: dict) -> None:
         """Tell the method whose pictures are about to be encoded: those of `ids`, tokens that no cache holds yet."""

@@ -133,16 +133,6 @@ def test_mmtok_words_are_those_after_the_picture_and_each_prompt_has_its_own():
     assert kept(model, mixed, x)[:2] == [every[0], other[1]]
 
 
-def test_words_are_those_of_the_prompt_not_of_the_answer():
-    """Without a cache each step encodes the pictures again, with what has been generated behind the prompt."""
-    model, seen = deep(), []
-    x, rows = inputs("one", model)
-    method = sparsevlm.build("mmtok", budget=9, words=lambda ids: seen.append(len(ids)) or [3])
-    with method(model):
-        model.generate(**x, max_new_tokens=3, do_sample=False, use_cache=False)
-    assert {*seen} == {len(rows[0])} and len(seen) >= 3
-
-
 def test_mmtok_does_not_choose_padding_where_sizes_are_known():
     model = deep()
     x, _ = inputs("one", model)
