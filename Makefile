@@ -37,7 +37,7 @@ export TOKENIZERS_PARALLELISM := false
 export OMP_WAIT_POLICY := PASSIVE
 export MPLBACKEND := Agg
 
-.PHONY: help setup reproduce test test-all fuzz fuzz-runs lint docs flops latency tables figures report paper notebooks fetch sweep \
+.PHONY: help setup reproduce test test-all fuzz fuzz-runs throughput lint docs flops latency tables figures report paper notebooks fetch sweep \
 	retrain browser clean
 
 help: ## list the targets
@@ -83,6 +83,9 @@ fuzz: setup ## random models, methods, prompts and ways of running against a mas
 fuzz-runs: setup ## random command lines, damaged files and a full disk through eval.run: make fuzz-runs cases=300
 	@$(RUN) -m tests.fuzz.runs --cases $(cases) --seed $(seed)
 	@$(RUN) -m tests.fuzz.damage --cases $(cases) --seed $(seed)
+
+throughput: setup ## questions a second through the whole harness, with a model that costs next to nothing
+	@OMP_NUM_THREADS=1 $(RUN) -m tests.throughput $(args)
 
 lint: setup ## check style and types
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -8,13 +8,13 @@ taken from memory, or in which batch it is asked, is the same to the last bit.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from eval.generate.lru import LeastRecentlyUsed
 from sparsevlm.methods.base import Method
 from sparsevlm.runtime.families import RECORDS
 
@@ -38,10 +38,9 @@ class FeatureStore:
     """
 
     def __init__(self, model: nn.Module, max_bytes: int) -> None:
-        self.model, self.max_bytes = model, max_bytes
+        self.model = model
         self.encoded = self.reused = 0
-        self._kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
-        self._bytes = 0
+        self._kept = LeastRecentlyUsed(max_bytes)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor, kind: str) -> list[Tensor] | Tensor:
@@ -56,26 +55,16 @@ class FeatureStore:
         key.update(f"{kind} {picture.dtype} {tuple(picture.shape)}".encode())
         key = key.digest()
         device = self.model.device
-        if key in self._kept:
+        kept = self._kept.get(key)
+        if kept is not None:
             self.reused += 1
-            self._kept.move_to_end(key)
-            kept = self._kept[key]
             return [t.to(device) for t in kept] if isinstance(kept, list) else kept.to(device)
         encode = getattr(self.model.base_model, f"get_{kind}_features")
         made = encode(picture.to(device, self.model.dtype), return_dict=True).pooler_output
         self.encoded += 1
-        self._keep(key, made)
-        return made
-
-    def _keep(self, key: bytes, made: list[Tensor] | Tensor) -> None:
-        size = _size(made)
-        if size > self.max_bytes:
-            return
         # Copies: a part of a batch would keep the whole of it in memory
-        self._kept[key] = [_copy(t) for t in made] if isinstance(made, list) else _copy(made)
-        self._bytes += size
-        while self._bytes > self.max_bytes:
-            self._bytes -= _size(self._kept.popitem(last=False)[1])
+        self._kept.put(key, [_copy(t) for t in made] if isinstance(made, list) else _copy(made), _size(made))
+        return made
 
 
 def _copy(features: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from threading import Lock
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -173,6 +175,7 @@ class Generator:
     ) -> None:
         self.model, self.processor, self.features, self.documents = features.model, processor, features, documents
         self.max_new_tokens, self.on_error = max_new_tokens, on_error
+        self._preparing = Lock()  # pictures are remembered; a batch may be prepared again while the next one is
 
     def ask(
         self, batches: Sequence[Sequence[Instance]], states: Sequence[RunState], advance: Callable[[int], None]
@@ -182,22 +185,33 @@ class Generator:
         Args:
             advance: called with the number of answers that came.
         """
-        for batch in batches:
-            keys = {(r.args[4], r.args[3]) for r in batch}
-            prepared: dict[tuple, Prepared] = {}
-            for state in states:
-                if state.error is None and not keys <= state.answers.keys():
-                    known = len(keys & state.answers.keys())
-                    start = clock()
-                    try:
-                        for records in self._answers(batch, state, prepared):
-                            state.keep(records)
-                            state.asked, state.spent = state.asked + len(records), state.spent + clock() - start
-                            start = clock()
-                            advance(len(records) - known)
-                            known = 0
-                    except GenerationError as error:
-                        state.error = error
+        todo = [batch for batch in batches if any(_lacks(state, batch) for state in states)]
+        with ThreadPoolExecutor(1, "prepare") as thread:
+            coming = [thread.submit(self._prepared, todo[0])] if todo else []
+            for number, batch in enumerate(todo):
+                ready = coming.pop()
+                if all(state.error for state in states):
+                    break
+                if number + 1 < len(todo):  # while the model works on this batch
+                    coming.append(thread.submit(self._prepared, todo[number + 1]))
+                self._ask(batch, ready.result(), states, advance)
+
+    def _ask(
+        self, batch: list[Instance], prepared: dict[tuple, Prepared], states: Sequence[RunState], advance: Callable
+    ) -> None:
+        for state in states:
+            if state.error is None and _lacks(state, batch):
+                known = len(_documents_of(batch) & state.answers.keys())
+                start = clock()
+                try:
+                    for records in self._answers(batch, state, prepared):
+                        state.keep(records)
+                        state.asked, state.spent = state.asked + len(records), state.spent + clock() - start
+                        start = clock()
+                        advance(len(records) - known)
+                        known = 0
+                except GenerationError as error:
+                    state.error = error
 
     def _answers(self, batch: list[Instance], state: RunState, prepared: dict) -> Iterator[list[Answer | Failure]]:
         """Answers to a batch in parts that memory allows; documents that fail are found one by one."""
@@ -244,7 +258,18 @@ class Generator:
             raise GenerationError(f"task {task}, {several} {documents}: {what}") from error
         return Failure(task, doc_id, context, what)
 
+    def _prepared(self, batch: list[Instance]) -> dict[tuple, Prepared]:
+        """Prepare a batch ahead of time; empty where that fails: it is tried again, and reported, in its turn."""
+        try:
+            return {_documents(batch): self._prepare(batch)}
+        except Exception:
+            return {}
+
     def _prepare(self, batch: list[Instance]) -> Prepared:
+        with self._preparing:
+            return self._prepare_now(batch)
+
+    def _prepare_now(self, batch: list[Instance]) -> Prepared:
         start = time.perf_counter()
         questions, media = [], []
         for request in batch:
@@ -313,6 +338,15 @@ class Generator:
 
 def _documents(batch: Sequence[Instance]) -> tuple:
     return tuple((r.args[4], r.args[3]) for r in batch)
+
+
+def _documents_of(batch: Sequence[Instance]) -> set:
+    return set(_documents(batch))
+
+
+def _lacks(state: RunState, batch: Sequence[Instance]) -> bool:
+    """Whether a run has not answered all of a batch."""
+    return not _documents_of(batch) <= state.answers.keys()
 
 
 def token_averages(trace, visual: Sequence[int]) -> list[tuple[float, float]]:

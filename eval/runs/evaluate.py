@@ -24,6 +24,7 @@ from eval.errors import UserError, one_line
 from eval.generate.features import FeatureStore, shares_features
 from eval.generate.generator import GenerationError, Generator, RunState, plan_batches
 from eval.generate.ledger import Failure, Ledger
+from eval.generate.pictures import decoded_once, remember_pixels
 from eval.processes import Processes, single_process_env
 from eval.runs.judging import judged, look_for_judge
 from eval.runs.progress import Progress
@@ -145,8 +146,11 @@ def _open_states(jobs: Sequence[Job], stack: ExitStack, processes: Processes) ->
 
 
 def _generator(run: RunSettings, tasks: dict[str, Questions]) -> Generator:
-    documents = {name: task.documents for name, task in tasks.items()}
+    documents = {
+        name: {split: decoded_once(rows) for split, rows in task.documents.items()} for name, task in tasks.items()
+    }
     _, processor = _load(run.model)
+    remember_pixels(processor, run.feature_mb << 20)
     return Generator(processor, _store(run.model, run.feature_mb), documents, on_error=run.on_error)
 
 

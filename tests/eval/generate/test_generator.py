@@ -1,6 +1,7 @@
 """Several methods on the same batches, and what happens when something fails."""
 
 import random
+import threading
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ class TestSharedFeatures:
         store = FeatureStore(model, 2 * one)
         for i in (0, 1, 0, 2, 0, 1):  # 1 had to go for 2
             store.encode(pixels[i : i + 1], "image")
-            assert store._bytes <= 2 * one
+            assert store._kept.bytes <= 2 * one
         assert (store.encoded, store.reused) == (4, 2)
         assert FeatureStore(model, one - 1).encode(pixels[:1], "image")  # too large to keep
 
@@ -280,3 +281,28 @@ def test_sampling_draws_the_same_whatever_was_asked_before(generator, documents)
     greedy = state("random", 16)
     ask(generator(), documents, greedy)
     assert texts(one) == texts(two) != texts(greedy)
+
+
+def test_the_next_batch_is_prepared_while_the_model_works(generator, documents, monkeypatch):
+    made, prepared, seen = generator(), [], []
+    prepare, original = Generator._prepare, type(made.model).generate
+
+    def preparing(generator, batch):
+        out = prepare(generator, batch)
+        prepared.append(len(batch))
+        came.set()
+        return out
+
+    def generate(model, **kwargs):
+        if len(seen) < 2:  # not the last of three batches
+            while len(prepared) < len(seen) + 2:
+                came.clear()
+                assert came.wait(30)
+        seen.append(len(prepared))
+        return original(model, **kwargs)
+
+    came = threading.Event()
+    monkeypatch.setattr(Generator, "_prepare", preparing)
+    monkeypatch.setattr(type(made.model), "generate", generate)
+    assert sum(ask(made, documents, state())) == N
+    assert seen == [2, 3, 3] and prepared == [2, 2, 2]
