@@ -38,7 +38,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sparsevlm.budget import Schedule, scale_layers
+from sparsevlm.budget import Schedule, explicit_schedule, scale_layers
 from sparsevlm.core.precision import at_least_float32
 from sparsevlm.methods._predictor_files import Predictor, untrained
 from sparsevlm.methods._predictor_files import find as find_predictor
@@ -100,7 +100,9 @@ class DynamicLLaVA(PruneOnce):
         if self.budget == "full":
             return super().schedule(n_visual, n_layers, attached)
         known = replace(self, k=attached.layer)
-        if self.budget is None and self.keep is None and attached.rate is not None:
+        if self.budget is None and self.keep is None:
+            if attached.rate is None:
+                raise ValueError(f"{attached.source} was trained for no share of the tokens. Use a budget, or keep")
             known = replace(known, keep=max(1, int(n_visual * attached.rate)))
         plan = known.plan(n_visual, n_layers)
         if attached.rate is not None and plan.keep and plan.keep[-1] < n_visual:
@@ -112,6 +114,11 @@ class DynamicLLaVA(PruneOnce):
                     stacklevel=2,
                 )
         return plan
+
+    def plan(self, n_visual: int, n_layers: int) -> Schedule:
+        if self.budget is None and self.keep is None:  # how many stay is known to the predictor only (`schedule`)
+            return explicit_schedule(n_visual, n_layers, self.where(n_layers), (n_visual,))
+        return super().plan(n_visual, n_layers)
 
     def plan_budget(self, budget: int, n_visual: int, n_layers: int) -> Schedule:
         if self.k is None:

@@ -338,6 +338,9 @@ def test_a_file_sets_layer_and_share_and_says_when_the_share_is_another(tmp_path
     (stage,) = trace.prefills[0].stages
     assert (stage.layer, stage.tokens_out) == (1, [9])
     assert not recwarn.list
+    with sparsevlm.build("dynamic_llava", predictor="untrained")(model):
+        with pytest.raises(ValueError, match="was trained for no share of the tokens. Use a budget, or keep"):
+            model(**x)
     with pytest.warns(UserWarning, match="keeps 0.500 of the visual tokens .* trained to keep 0.250 .off-distribution"):
         with sparsevlm.build("dynamic_llava", predictor=path, keep=18)(model):
             model(**x)

@@ -170,3 +170,15 @@ def test_shipped_modules_say_what_they_are(method):
     file = read_modules(weights_dir().parent / "modules" / f"{method}.safetensors", method)
     assert file.path.stat().st_size <= 100_000
     assert file.number("rate") == pytest.approx(1 / 9) and file.integer("steps") > 0
+
+
+@pytest.mark.parametrize("method,leaving", [("dynamic_llava", [64.0]), ("atp_llava", None)])
+def test_methods_run_on_mini_without_options(method, leaving):
+    mini, _ = sparsevlm.load("mini")
+    (batch,) = prompts(1)
+    build = sparsevlm.build(method)
+    assert build.plan(576, 12).layers  # so that eval.run takes it without a budget
+    with build(mini) as trace, torch.no_grad():
+        mini.model(**{name: value[:1] for name, value in batch.items()}, use_cache=False)
+    (record,) = trace.prefills
+    assert leaving in (None, record.leaving) and 1 < record.leaving[0] < 300
