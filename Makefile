@@ -91,9 +91,13 @@ lint: setup ## check style and types
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-# pdoc cannot look up the types of options that a method inherits from another module, and shows them as they are written.
+# Some by name: of a package with __all__, pdoc takes what that names. It cannot look up the types of options that a method
+# inherits from another module, and shows them as they are written.
+API = sparsevlm $(addprefix sparsevlm.,core cost mini models runtime) \
+	$(subst /,.,$(basename $(wildcard sparsevlm/[!_]*.py sparsevlm/mini/[!_]*.py sparsevlm/models/[!_]*.py)))
+
 docs: setup ## make the API reference of the docstrings: docs/api/index.html
-	@$(RUN) -W "ignore:Error parsing type annotation" -m pdoc --docformat google --output-directory docs/api sparsevlm
+	@$(RUN) -W "ignore:Error parsing type annotation" -m pdoc --docformat google --output-directory docs/api $(API)
 	@echo "docs/api/index.html"
 
 flops: setup ## count the multiply-adds of every method on LLaVA-1.5-7B, 13B and Video-LLaVA; no weights needed

@@ -212,7 +212,7 @@ def solve(
     Raises:
         ValueError: no budget, or one that is not reachable with the given layers.
     """
-    budget = check_budget(budget, n_visual)
+    budget = in_tokens(budget, n_visual)
     chosen = scale_layers(n_layers) if layers is None else tuple(layers)
     check_layers(chosen, n_layers)
     default = layers is None or chosen == _REFERENCE_LAYERS
