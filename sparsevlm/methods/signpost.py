@@ -134,6 +134,7 @@ class Signpost(PlannedMethod):
             similarity = cosine_matrix(tokens) * weights[..., None]
             chosen = facility_location(similarity, count, valid=valid)
         else:
+            assert stage.prefill.weights is not None  # set in `begin`
             rows = stage.attention(stage.prefill.tail)
             relevance = stage.visual_columns(mean_scores(rows, stage.prefill.weights))
             chosen = balanced(relevance, cosine_matrix(tokens), count, self.coverage, self.diversity, valid)
@@ -145,6 +146,7 @@ class Signpost(PlannedMethod):
         places = distributions(stage.hidden[:, -prefill.tail :], tokens, self.temperature, valid)
         u = places.new_ones(tokens.shape[:2])
         if self.weights != "none":
+            assert prefill.weights is not None  # set in `begin`
             words = prefill.weights.to(places.dtype)
             if self.weights == "information":
                 words = words * information(places, valid)
