@@ -30,6 +30,14 @@ def by_hand(lengths, width, mlp, layers, heads, key_heads, head, vocabulary) -> 
 
 
 @pytest.mark.parametrize("name", SHAPES)
+def test_shapes(name):
+    c = load_config(name)
+    found = (c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads)
+    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    assert (*found, head, c.vocab_size) == SHAPES[name]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b"])
 def test_counted_by_hand(name):
     n = SHAPES[name][2]
     for method, budget, visual in (("none", "full", 1000), ("random", 0.25, 250)):
