@@ -17,10 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from eval.reader import Run, label, read_runs
-from eval.stats import bootstrap_ci, paired_difference
-from sparsevlm.markdown import markdown_table
 
+from eval.markdown import markdown_table
+from eval.runs.reader import Run, label, read_runs
+from eval.runs.stats import bootstrap_ci, paired_difference
 from eval.tasks.minivqa.dataset import _STREAM, draw_questions
 from eval.tasks.minivqa.utils import VISUAL
 from sparsevlm.mini import questions

@@ -1,7 +1,7 @@
 """Leaving early where the guide of `sgl` is sure of its own answer (SEE), on the embedded model.
 
-    python -m eval.early_exit                                  # the shipped guide, 64 tokens, 270 questions
-    python -m eval.early_exit --guide self --out results/early_exit
+    python -m eval.measure.early_exit                          # the shipped guide, 64 tokens, 270 questions
+    python -m eval.measure.early_exit --guide self --out results/early_exit
 
 Each question is put to the guide first. Its surety S is the mean of its confidence and its consistency (see
 `sparsevlm.methods.sgl.surety`); where S is above a threshold, its answer is the answer, and the large model does not
@@ -16,21 +16,24 @@ The authors' released code computes and logs both numbers and never leaves early
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import sparsevlm  # isort: skip  - before transformers: it makes torchvision importable beside a CPU-only torch
 
 import numpy as np
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from eval.markdown import markdown_of_records
 from eval.runs import environment
-from eval.separation import Batch, batches
-from eval.tasks.minivqa.dataset import VERSION
+from eval.tasks.minivqa.dataset import VERSION, rows
 from eval.tasks.minivqa.utils import normalise
 from sparsevlm.methods._guides import find_guide
 from sparsevlm.methods.sgl import surety
@@ -40,6 +43,25 @@ from sparsevlm.runtime.inputs import visual_tokens
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _ANSWER = {"max_new_tokens": 4, "do_sample": False}
+
+
+@dataclass
+class Batch:
+    """Questions of one type, so that none is padded much and all are answered in as many steps, and their inputs."""
+
+    rows: list[dict]
+    inputs: dict[str, torch.Tensor]
+
+
+def batches(processor, seed: int, questions: int, size: int) -> Iterator[Batch]:
+    """Yield the first `questions` of minivqa in batches of at most `size`, by type and length."""
+    drawn = sorted(rows(seed, questions), key=lambda row: (row["question_type"], len(row["question"].split())))
+    start = 0
+    while start < len(drawn):
+        part = [r for r in drawn[start : start + size] if r["question_type"] == drawn[start]["question_type"]]
+        start += len(part)
+        pictures = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in part]
+        yield Batch(part, processor(text=[row["question"] for row in part], images=pictures))
 
 
 @torch.no_grad()
@@ -114,7 +136,7 @@ def report(content: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m eval.early_exit", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m eval.measure.early_exit", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="mini", help="mini, or the folder of another training of it")
     parser.add_argument("--guide", help='folder of a guide, or "self" (default: the shipped one)')
     parser.add_argument("--budget", type=int, default=64, help="of the model, where it has to answer")

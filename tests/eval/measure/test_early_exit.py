@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eval import early_exit
+from eval.measure import early_exit
 
 
 def question(i: int, surety: float, guide_right: bool, model_right: bool) -> dict:
