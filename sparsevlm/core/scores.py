@@ -67,6 +67,26 @@ def mean_scores(rows: Tensor, weights: Tensor) -> Tensor:
     return (weights @ rows).mean(1).squeeze(1)
 
 
+def shares_of_rows(rows: Tensor, weights: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Average over heads, divide each row by what it pays the visual tokens together, and average over rows.
+
+    Dividing by the sum or by the mean, a row's own prior, gives the same order.
+
+    Args:
+        rows: [B, H, T, V] attention to the visual tokens.
+        weights: [B, T] weights of the rows.
+        valid: [B, V] bool, which visual tokens are there; None = all. Others get 0.
+
+    Returns:
+        [B, V]; a row that pays nothing adds nothing.
+    """
+    rows = rows.mean(1)
+    if valid is not None:
+        rows = rows.masked_fill(~valid[:, None], 0)
+    total = rows.sum(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    return (weights.to(rows.dtype)[:, None] @ (rows / total))[:, 0]
+
+
 def rank_by_score(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     """Return indices [B, N] of `scores` [B, N] from high to low; equal scores by index; invalid entries last."""
     if valid is not None:

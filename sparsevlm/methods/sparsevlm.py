@@ -28,13 +28,14 @@ from sparsevlm.core.packing import take
 from sparsevlm.core.precision import at_least_float32
 from sparsevlm.core.raters import NUMBER, RULES, is_rule, select_raters
 from sparsevlm.core.recycling import density_peaks, merge_weights
-from sparsevlm.core.scores import mean_scores
+from sparsevlm.core.scores import mean_scores, shares_of_rows
 from sparsevlm.methods.base import one_of
 from sparsevlm.methods.bases import PruneByLists
 from sparsevlm.runtime.prefill import Prefill
 from sparsevlm.runtime.stage import Stage
 
 EVERY_TOKEN = "tokens"
+PRIOR = "prior"
 
 
 def attention_of_all(stage: Stage) -> Tensor:
@@ -56,7 +57,9 @@ class SparseVLM(PruneByLists):
 
     Attributes:
         raters: "paper" (authors' strict mean), "all" text tokens, "centred" (after subtracting the mean visual
-            embedding), "last" (the last text token), a number (so many text tokens, the most relevant) or "tokens":
+            embedding), "last" (the last text token), "prior": all text tokens, each one's attention over its own prior,
+            which is what it pays the visual tokens on average, so that none, a colon say, can win alone (neither in the
+            paper nor in its code; `SparseVLM` only), a number (so many text tokens, the most relevant) or "tokens":
             every token, visual ones too, the baseline of the paper's Figure 5 (sums then, not means: the order is the
             same). That one needs the attention of all rows, B x heads x L x L: for ablations only.
         recycle: share of the dropped tokens that is recycled (tau of eq. 8); 0 = plain pruning.
@@ -93,9 +96,13 @@ class SparseVLM(PruneByLists):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.raters != EVERY_TOKEN and not is_rule(self.raters):
-            known = ", ".join((*RULES, EVERY_TOKEN))
+        if self.raters not in (EVERY_TOKEN, PRIOR) and not is_rule(self.raters):
+            known = ", ".join((*RULES, PRIOR, EVERY_TOKEN))
             raise ValueError(f"rater rule {self.raters!r} is unknown; known: {known}, or {NUMBER}")
+        if self.raters == PRIOR and type(self).score is not SparseVLM.score:
+            raise ValueError(
+                f"raters={PRIOR!r} is an option of sparsevlm only; {self.name} scores otherwise. Use 'all'"
+            )
         one_of(self.merge, ("mean", "sum"), "merge")
         one_of(self.positions, ("renumber", "original"), "positions")
         one_of(self.recycled_at, ("end", "centre"), "recycled_at")
@@ -107,7 +114,7 @@ class SparseVLM(PruneByLists):
             return
         visual = take(embeddings, prefill.visual_index)
         text = embeddings[:, -prefill.tail :]
-        rule = "all" if self.raters == EVERY_TOKEN else self.raters
+        rule = "all" if self.raters in (EVERY_TOKEN, PRIOR) else self.raters
         prefill.set_raters(select_raters(visual, text, prefill.visual_valid, prefill.text_valid, rule))
 
     def score(self, stage: Stage) -> Tensor:
@@ -117,6 +124,8 @@ class SparseVLM(PruneByLists):
             rows, raters = attention_of_all(stage), weights > 0
             return (rows[:, -raters.shape[1] :] * raters[..., None]).sum(1) + paid_by_visual(stage, rows)
         rows = stage.attention(stage.prefill.tail)
+        if self.raters == PRIOR:
+            return shares_of_rows(stage.visual_columns(rows), weights, stage.visual_valid)
         return stage.visual_columns(mean_scores(rows, weights))
 
     def merge_tokens(self, tokens: Tensor, clusters: Tensor, width: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparsevlm.core.packing import pack, take
 from sparsevlm.core.rank import attention_rank
 from sparsevlm.core.rope_kernel import first_nonpositive_distance, rope_kernel
-from sparsevlm.core.scores import attention_rows, causal_bias, mean_scores, rank_by_score
+from sparsevlm.core.scores import attention_rows, causal_bias, mean_scores, rank_by_score, shares_of_rows
 
 
 def full_attention(query, key, scaling, key_mask, window):
@@ -144,3 +144,19 @@ def test_take():
     assert torch.equal(take(x, index), torch.stack([x[0][index[0]], x[1][index[1]]]))
     assert torch.equal(take(x[:1], index), torch.stack([x[0][index[0]], x[0][index[1]]]))
     assert torch.equal(take(x[..., 0, 0], index), torch.stack([x[0, :, 0, 0][index[0]], x[1, :, 0, 0][index[1]]]))
+
+
+def test_shares_of_rows_give_a_loud_word_no_more_say_than_a_quiet_one():
+    colon, name = [0.6, 0.2, 0.0], [0.0, 0.01, 0.03]  # paid to three visual tokens; the colon pays twenty times as much
+    rows, weights = torch.tensor([[[colon, name]]]), torch.full((1, 2), 0.5)
+    found = shares_of_rows(rows, weights)[0].tolist()
+    assert found == pytest.approx([0.75 / 2, (0.25 + 0.25) / 2, 0.75 / 2])
+    assert rows.mean(1).mean(1).argmax() == 0  # the plain mean is the colon's choice
+    assert shares_of_rows(rows * torch.tensor([7.0, 0.1])[:, None], weights)[0].tolist() == pytest.approx(found)
+    # heads are averaged first; a token that is not there takes no part; a row of nothing adds nothing
+    two = torch.stack([rows[:, 0], 3 * rows[:, 0].flip(1)], 1)
+    assert torch.allclose(shares_of_rows(two, weights), shares_of_rows(two.mean(1, keepdim=True), weights))
+    valid = torch.tensor([[True, True, False]])
+    assert shares_of_rows(rows, weights, valid)[0].tolist() == pytest.approx([0.75 / 2, 0.25 / 2 + 0.5, 0])
+    rows[0, 0, 0] = 0
+    assert shares_of_rows(rows, weights)[0].tolist() == pytest.approx([0, 0.125, 0.375])

@@ -121,6 +121,8 @@ OWN = [
         for early in (True, False)
     ),
     ("sparsevlm", None, {**OPTIONS, "recycle": 0, "raters": "all"}, sparse_stage(L, 0, 0) + sparse_stage(32, 0, 0)),
+    ("sparsevlm", None, {**OPTIONS, "recycle": 0, "raters": "prior"},
+     sum(rows(TAIL, TEXT + n) + TAIL * n for n in (N, 18))),
     ("sparsevlm", None, {**OPTIONS, "recycle": 0, "raters": "tokens"}, all_rows_stage(L) + all_rows_stage(32)),
     # the kernel between text and visual tokens, and the mean over raters in 14/32 of the heads (2) and visual columns
     ("sparsevlm_plus", None, OPTIONS,

@@ -82,6 +82,7 @@ METHODS = {
     ),
     "signpost": Row(),
     "sparsevlm": Row(),
+    "sparsevlm, prior": Row({"budget": 12, "raters": "prior"}, {"budget": "full", "raters": "prior"}),
     "sparsevlm_plus": Row({"budget": 12, "kernel_floor": 0.1}),
     "sparsevlm_rank": Row({"layers": (1, 3, 5), "lam": 0.9}, {"layers": (1, 3, 5), "lam": 0.0}),
     "tome": Row(refuses=NO_TOWER),
