@@ -1,9 +1,10 @@
 """Accuracy against visual tokens, against multiply-adds and against time, from run folders.
 
-Writes PNG and PDF to `<results>/figures/`, up to three figures per task, model and set of questions:
+Writes PNG and PDF to `<results>/figures/`, up to four figures per task, model and set of questions:
 `accuracy__<name>` over the budget, `accuracy_gmacs__<name>` over the GMACs of the prefill and, where a latency run
-covers the settings, `accuracy_latency__<name>` over its time. One line per method, in panels if they are many; bars and
-band are 95 % intervals, bars of time quartiles.
+covers the settings, `accuracy_latency__<name>` over its time. One line per method, in panels if they are many, and then
+`accuracy_overview__<name>`, too: all methods in one panel, a few of them in colour. Bars and band are 95 % intervals,
+bars of time quartiles.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def plot_runs(runs: Sequence[Run], folder: Path, metric: str | None = None) -> l
     paths = []
     for summary in summaries:
         pruned = summary.frame[summary.frame["method"] != UNPRUNED]
-        for figure, x, name in FIGURES:
+        figures = FIGURES if pruned["method"].nunique() <= style.MOST_LINES else (*FIGURES, OVERVIEW)
+        for figure, x, name in figures:
             points = pruned[pruned["value"].notna() & pruned[x].notna()]
             if x == "budget":
                 points = points[points["budget"].map(lambda b: isinstance(b, int))]
@@ -81,6 +83,24 @@ FIGURES = (
     (accuracy_against_gmacs, "prefill_gmacs", "accuracy_gmacs"),
     (accuracy_against_latency, "prefill_ms", "accuracy_latency"),
 )
+
+
+@style.styled()
+def overview(summary: Summary) -> Figure:
+    """Figure: all methods over the GMACs of their prefill, those of `style.HIGHLIGHTED` in colour, the others grey."""
+    frame = summary.frame.dropna(subset=["prefill_gmacs", "value"])
+    labels = list(dict.fromkeys(frame["method"][frame["method"] != UNPRUNED]))
+    bright = [label for label in style.HIGHLIGHTED if label in labels]
+    fig, ax = style.figure(2.4 + style.legend_inches(bright), style.PAGE_INCHES / 2 + 1.2)
+    for i, label in enumerate(grey := [label for label in labels if label not in bright]):
+        rows = frame[frame["method"] == label].sort_values("prefill_gmacs")
+        name = f"{len(grey)} other methods" if i == 0 else None
+        ax.plot(rows["prefill_gmacs"], rows["value"], color="#b5b5b5", linewidth=0.8, marker=".", label=name, zorder=1)
+    _lines(ax, frame, "prefill_gmacs", bright)
+    return _finish(fig, [(ax, bright)], summary, "prefill with the method's work, GMACs (1 GMAC = 2 GFLOP)")
+
+
+OVERVIEW = (overview, "prefill_gmacs", "accuracy_overview")
 
 
 def _against(summary: Summary, x: str, text: str) -> Figure:

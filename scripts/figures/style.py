@@ -42,6 +42,10 @@ _LOOKS = {
     "fastervlm": 3, "vispruner": 4, "cdpruner": 6, "tome": 6, "folder": 0, "folder_simple": 1, "ficoco_v": 2,
     "downsample": 3,
 }  # fmt: skip
+#: What an overview of all methods shows in colour.
+HIGHLIGHTED = (
+    "signpost", "divprune", "mmtok", "sparsevlm (raters=all)", "sparsevlm", "random_layer (match=sparsevlm)",
+)  # fmt: skip
 MOST_LINES = len(_COLOURS)  # in one panel
 
 

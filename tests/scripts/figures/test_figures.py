@@ -156,6 +156,12 @@ def test_many_methods_get_panels_in_which_no_two_look_alike(tmp_path):
         assert len({(bars[0].get_color(), bars[0].get_marker()) for bars in ax.containers}) == len(labels)
         drawn += labels[1:]
     assert sorted(drawn) == sorted(set(names) - {"random"})
+    [ax] = plot_accuracy.overview(summary_of(tmp_path)).axes  # all in one, a few in colour
+    assert [bars.get_label() for bars in ax.containers] == ["divprune", "sparsevlm"]
+    grey = [line for line in ax.lines if line.get_color() == "#b5b5b5"]
+    assert len(grey) == len(names) - 2 and grey[0].get_label() == f"{len(grey)} other methods"
+    written = {path.stem.split("__")[0] for path in make_figures.make_figures(tmp_path, ["accuracy"])}
+    assert "accuracy_overview" in written
 
 
 def test_bars_are_the_runs_and_carry_paired_differences(tmp_path):
