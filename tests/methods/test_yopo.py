@@ -12,7 +12,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import sparsevlm
 from sparsevlm.budget import Schedule
 from sparsevlm.methods.pyramiddrop import PyramidDrop
-from sparsevlm.methods.yopo import solve_cut
 from tests.tiny import GENERATE, IMAGE, PATCHES, inputs, llava, logits, pad, prompt, same, single, video_llava
 
 LAYERS, HEADS, SIDE = 8, 4, 6
@@ -290,28 +289,6 @@ def test_pictures_without_text_between_have_their_own_windows():
     assert changed[start + PATCHES :].all()  # later pictures see earlier ones, as text does
 
 
-@pytest.mark.parametrize(
-    "options,message",
-    [
-        ({"window": 4}, "window 4 must be odd.* Use 3"),
-        ({"window": 0}, "must be odd"),
-        ({"causal_window": True}, "needs a window"),
-        ({"heads": 0.0}, "heads 0.0 must be a share"),
-        ({"heads": 1.5}, "heads 1.5 must be a share"),
-        ({"ffn": 0}, "ffn 0 must be a share"),
-        ({"cut": 0}, "cut 0 must be 1 or more"),
-        ({"removal": "half"}, "removal 'half' is unknown; known: real, masked"),
-        ({"budget": 12, "cut": 3}, "budget=12 and cut exclude each other"),
-        ({"budget": 12, "ffn": 0.5, "window": 3}, "budget=12 and window, ffn exclude each other"),
-        ({"budget": 12, "removal": "masked"}, "computes everything and can meet no budget"),
-    ],
-    ids=str,
-)
-def test_options_that_make_no_sense(options, message):
-    with pytest.raises(ValueError, match=message):
-        sparsevlm.build("yopo", **options)
-
-
 def test_what_does_not_fit_the_model(mask, tmp_path):
     def refused(model, message, **options):
         with pytest.raises(ValueError, match=message), sparsevlm.build("yopo", **options)(model):
@@ -338,18 +315,3 @@ def test_what_does_not_fit_the_model(mask, tmp_path):
         want = model(**x).logits
     with sparsevlm.build("yopo", heads=mask, ffn=0.5, removal="masked")(model), torch.no_grad():
         assert not torch.allclose(model(**x).logits, want)
-
-
-def test_budgets_are_solved_by_counting():
-    shape = (1.0, 0.2, 0.001)
-
-    def cost(cut: int) -> float:
-        return 8 * (100 + 10) if cut == 8 else (cut - 1) * (100 + 10) + 20
-
-    for budget in range(1, 101):
-        found = solve_cut(budget, 100, 8, shape)
-        wanted = 8 * (budget + budget**2 / 1000)
-        assert abs(cost(found) - wanted) == min(abs(cost(cut) - wanted) for cut in range(1, 9))
-    assert solve_cut(100, 100, 8, shape) == 8
-    with pytest.raises(ValueError, match="above the 36 visual tokens"):
-        sparsevlm.build("yopo", budget=40).plan(36, 8)
