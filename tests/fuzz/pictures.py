@@ -43,7 +43,7 @@ def spent(case: Case, parts: tuple, total: int) -> list[int] | None:
         return [o["merge_to"]] * len(room)
     if budget in (None, "full"):
         return None
-    if budget == sum(room):
+    if budget >= sum(room):  # clamped to what there is
         return room
     if case.method == "downsample":
         return [isqrt(budget // len(room)) ** 2] * len(room)
