@@ -16,7 +16,9 @@ from tests.fuzz.reference import Contract, Conversation, Cut, Mismatch, Part, Un
 from tests.tiny import SUPPRESS
 
 RENUMBER = ("sparsevlm", "sparsevlm_rank", "pyramiddrop", "ficoco_l", *VISION)
-NEEDS_TEXT = ("dart?", "fastv", "ficoco_l", "pyramiddrop", "sgl", "sparsevlm", "sparsevlm_plus", "sparsevlm_rank")
+NEEDS_TEXT = (
+    "dart?", "fastv", "ficoco_l", "pyramiddrop", "sgl", "signpost", "sparsevlm", "sparsevlm_plus", "sparsevlm_rank",
+)  # fmt: skip
 UNBUDGETED = ("downsample", "none", "sparsevlm_rank")
 
 
@@ -88,7 +90,7 @@ class Comparison:
         mode = o.get("positions", "renumber" if name in RENUMBER else "original")
         recycling = name in ("sparsevlm", "sparsevlm_rank", "sparsevlm_plus")
         return Contract(
-            renumber=lambda layer: layer < 0 if name == "aim" else mode == "renumber",
+            renumber=lambda layer: layer < 0 if name in ("aim", "signpost") else mode == "renumber",
             recycled_at=o.get("recycled_at", "end"),
             share=o.get("recycle", 0.0 if name == "sparsevlm_plus" else 0.3) if recycling else 0.0,
             cluster=o.get("cluster", 0.1),
