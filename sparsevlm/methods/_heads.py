@@ -24,7 +24,7 @@ from sparsevlm.runtime.trace import StageRecord
 
 VOTES = 0.4  # of the samples: more of them must vote for a head
 WHOLE = 2  # first layers, whose heads all stay
-RATIOS = "head_ratios.npz"  # in the folder of an embedded model
+RATIOS = "head_ratios.npz"  # beside the trained modules of the embedded model
 _COMMAND = "python -m sparsevlm.mini.heads"
 
 
@@ -41,8 +41,8 @@ class _Probe(Method):
         return Schedule(n_visual, n_layers, tuple(range(n_layers)), (n_visual,) * n_layers, none, none)
 
     def keep_all(self, stage: Stage) -> None:
-        row = stage.attention(1)[:, :, 0].double()
-        visual, text = (row.masked_fill(flag[:, None], 0).sum(-1) for flag in (~stage.rows.flag, stage.rows.flag))
+        row, seen = stage.attention(1)[:, :, 0].double(), stage.prefill.visual_flag
+        visual, text = (row.masked_fill(flag[:, None], 0).sum(-1) for flag in (~seen, seen))
         stage.prefill.attached.append((visual / text).cpu().numpy())
 
     def annotate(self, record: StageRecord, prefill: Prefill) -> None:
@@ -64,7 +64,7 @@ def head_ratios(model: nn.Module, samples: Iterable[dict]) -> np.ndarray:
     for sample in samples:
         with _Probe()(model) as trace:
             model(**sample)
-        rows.append(np.concatenate([stage.ratios for stage in trace.prefills[0].stages]))
+        rows.append(np.concatenate([record.ratios for record in trace.prefills[0].stages]))
     return np.stack(rows)
 
 
@@ -128,7 +128,7 @@ def load_heads(heads: float | str, family: Family) -> np.ndarray:
         return found.astype(bool)
     if heads == 1:
         return np.ones(shape, bool)
-    with np.load(weights_dir("mini") / RATIOS) as file:
+    with np.load(weights_dir("mini").parent / "modules" / RATIOS) as file:
         limits, known = file["limits"], file["fingerprint"]
     weight = family.decoder.layers[0].self_attn.q_proj.weight
     same = limits.shape == shape and (weight.is_meta or np.allclose(fingerprint(family), known, rtol=1e-3))

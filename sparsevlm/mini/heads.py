@@ -2,7 +2,7 @@
 
     python -m sparsevlm.mini.heads --share 0.5 --out heads.npy                  # of mini: a mask [layers, heads]
     python -m sparsevlm.mini.heads --model FOLDER --threshold 0.1 --out heads.npy
-    python -m sparsevlm.mini.heads --limits sparsevlm/mini/weights/mini/head_ratios.npz     # what comes with mini
+    python -m sparsevlm.mini.heads --limits sparsevlm/mini/weights/modules/head_ratios.npz     # what comes with mini
 
 100 prompts, the attention of the last row of each (see `methods/_heads.py`). Pictures and questions are those of the
 embedded model, which any LLaVA can read; for another model they are far from its training, so prefer data of its own

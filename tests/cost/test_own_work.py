@@ -284,8 +284,8 @@ def test_totals_contain_the_methods_work(model):
 def test_counting_leaves_no_watcher_behind(model):
     from sparsevlm.runtime import parts
 
-    with pytest.raises(ValueError, match="above"):
-        flops.count(model, "sparsevlm", N + 1, TEXT)
+    with pytest.raises(ValueError, match="layers"):
+        count(model, "sparsevlm", None, {"layers": (99,), "keep": (3,)})
     assert parts._watcher is None
     with parts.watch(lambda name: None), pytest.raises(RuntimeError, match="already"):
         counters.torch_gmacs(torch.nn.Identity(), (torch.empty(1, device="meta"),))

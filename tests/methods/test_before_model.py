@@ -399,7 +399,7 @@ def test_each_part_of_a_method_matters(name, options, ablated):
 def test_methods_differ():
     model = deep()
     x, _ = inputs("one", model)
-    out = [handed_on(model, sparsevlm.build(name, budget=9), x)[2][0, -1] for name in METHODS]
+    out = [handed_on(model, sparsevlm.build(name, budget=12), x)[2][0, -1] for name in METHODS]
     for i, a in enumerate(out):
         assert all((a - b).abs().max() > 1e-6 for b in out[:i])
 

@@ -5,8 +5,11 @@ A new method needs one line in METHODS; what is behind a comma in a key tells va
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 
@@ -61,7 +64,7 @@ METHODS = {
     "ficoco_v, code": Row(  # a tower of one block halves at most: one of the prompts has two pictures
         {"variant": "code", "budget": 36},
         {"variant": "code", "budget": "full"},
-        NO_TOWER | {"video_llava": "above the 16 visual tokens"},
+        NO_TOWER | {"video_llava": "cannot bring 16 down"},
     ),
     "folder": Row(refuses=NO_TOWER),
     "folder_simple": Row(refuses=NO_TOWER),
@@ -100,23 +103,22 @@ CASES = [(m, a) for m, a in product(METHODS, NAMES) if a not in METHODS[m].refus
 REFUSALS = [(m, a) for m in METHODS for a in METHODS[m].refuses]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _heads(tmp_path_factory):
+@cache
+def heads_file() -> str:
     """The file that stands for "heads": layers of 4 heads, one of which keeps none."""
     kept = np.random.RandomState(1).rand(8, 4) < 0.5
     kept[0], kept[4] = True, False
-    np.save(path := tmp_path_factory.mktemp("heads") / "heads.npy", kept)
-    FILES["heads"] = str(path)
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, True)
+    np.save(path := Path(folder, "heads.npy"), kept)
+    return str(path)
 
 
-FILES: dict[str, str] = {}
-
-
-def build(name: str, full: bool = False):
-    options = METHODS[name].full if full else METHODS[name].options
-    return sparsevlm.build(
-        name.split(",")[0], **{k: FILES.get(v, v) if k == "heads" else v for k, v in options.items()}
-    )
+def build(name: str, full: bool = False, **options):
+    options = (METHODS[name].full if full else METHODS[name].options) | options
+    if options.get("heads") == "heads":
+        options = options | {"heads": heads_file()}
+    return sparsevlm.build(name.split(",")[0], **options)
 
 
 @dataclass
