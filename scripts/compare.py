@@ -3,7 +3,7 @@
     python scripts/compare.py signpost --results results/reference/frontier
     python scripts/compare.py "sparsevlm (raters=prior)" --results results/reference/frontier
 
-Prints Markdown and writes it to `<results>/tables/compare__<method>__<runs>.md`. Of the embedded model's questions
+Prints Markdown and writes it to `<results>/compare__<method>__<runs>.md`. Of the embedded model's questions
 those count that need the picture. Methods are named as in the tables, with the options that are not the defaults.
 """
 
@@ -39,10 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report(error if isinstance(error, UserError) else UserError(str(error)))
     for name, text in found:
         print(text)
-        path = (
-            options.results / "tables" / f"compare__{re.sub('[^a-z0-9]+', '_', options.method).strip('_')}__{name}.md"
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = options.results / f"compare__{re.sub('[^a-z0-9]+', '_', options.method).strip('_')}__{name}.md"
         path.write_text(text, encoding="utf-8")
     return 0
 

@@ -21,7 +21,7 @@ def test_differences_are_paired_and_budgets_are_equal(tmp_path, capsys):
     mean, low, high = paired_difference(ours, theirs)
     shown = lines["random"][0].strip()
     assert shown.startswith(f"{100 * mean:+.1f} [") and shown.endswith("*") == (low > 0 or high < 0)
-    assert len(list((tmp_path / "tables").glob("compare__fastv__*.md"))) == 1
+    assert len(list(tmp_path.glob("compare__fastv__*.md"))) == 1
 
 
 SHARES = {"fastv": 0.9, "random": 0.2, "dart": 0.88}
