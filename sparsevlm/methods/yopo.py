@@ -26,10 +26,11 @@ Source: the paper and the authors' code (ZhangAIPI/YOPO_MLLM_Pruning f0783f4, mo
 Deviations: the picture's place is that of the prompt, not rows 35 ... 610; each picture has its own grid (between
 pictures attention is causal); an even window is refused (theirs, of w, acts as w - 1); calls that only continue a
 prompt are recognised by having no visual tokens, not by being shorter than 576; head masks apply to all samples of a
-batch when decoding, not to the first one; layers may keep no head; a share of the heads is one threshold for all layers,
-where the authors' calibration keeps the first two layers whole (`methods/_heads.py:votes`). In the real form, removed heads hold zeros in the
-cache for visual tokens (no memory is saved there), decoding computes their scores and masks them, and attention
-itself is shortened with SDPA, in a first turn; eager attention, and a second picture turn, mask it.
+batch when decoding, not to the first one; layers may keep no head; a share of the heads is one threshold for all
+layers, where the authors' calibration keeps the first two layers whole (`methods/_heads.py:votes`). In the real form,
+removed heads hold zeros in the cache for visual tokens (no memory is saved there), decoding computes their scores and
+masks them, and attention itself is shortened with SDPA, in a first turn; eager attention, and a second picture turn,
+mask it.
 """
 
 from __future__ import annotations
