@@ -105,17 +105,15 @@ def test_lmms_evals_command_line_makes_this_versions_questions(name, tmp_path, m
 
     from eval import __main__ as command
 
-    made = {}
+    made, home = {}, FOLDER / TASKS[name].folder.removeprefix("own:")
     monkeypatch.setitem(
         TASKS, name, dataclasses.replace(TASKS[name], build=lambda seed, n, folder: made.update(at=(seed, n, folder)))
     )
     command.make_questions(name)
     seed, n, folder = made["at"]
     expected = folder / f"v{TASKS[name].version}-seed{seed}-n{n}" / "test.parquet"
-    path = str(
-        load_yaml_config(str(FOLDER / name / f"{name}.yaml"), mode="simple")["dataset_kwargs"]["data_files"]["test"]
-    )
-    assert Path(FOLDER / name, path) == expected
+    path = str(load_yaml_config(str(home / f"{name}.yaml"), mode="simple")["dataset_kwargs"]["data_files"]["test"])
+    assert Path(home, path) == expected
     command.make_questions("gqa")  # nothing to make
 
 
