@@ -19,7 +19,7 @@ RENUMBER = ("sparsevlm", "sparsevlm_rank", "pyramiddrop", "ficoco_l", *VISION)
 NEEDS_TEXT = (
     "dart?", "fastv", "ficoco_l", "pyramiddrop", "sgl", "signpost", "sparsevlm", "sparsevlm_plus", "sparsevlm_rank",
 )  # fmt: skip
-UNBUDGETED = ("downsample", "none", "sparsevlm_rank")
+UNBUDGETED = ("downsample", "none", "sparsevlm_rank", "tops")  # the last one keeps more where no text follows
 
 
 def check(case: Case) -> str:
