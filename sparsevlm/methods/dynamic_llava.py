@@ -88,9 +88,10 @@ class DynamicLLaVA(PruneOnce):
             )
         layer = found.layer if self.k is None else self.k
         if not 1 <= layer <= family.n_layers - 2:
+            last = family.n_layers - 2
+            use = f"k=1 ... {last}" if last > 0 else "a model of three layers or more"
             raise ValueError(
-                f"the predictor's layer {layer} does not fit a model of {family.n_layers} layers. Use k=1 ... "
-                f"{family.n_layers - 2}"
+                f"the predictor's layer {layer} does not fit a model of {family.n_layers} layers. Use {use}"
             )
         weight = next(family.decoder.layers[layer].parameters())
         dtype = at_least_float32(weight.dtype if weight.is_floating_point() else torch.float32)

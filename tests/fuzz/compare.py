@@ -19,7 +19,8 @@ RENUMBER = ("sparsevlm", "sparsevlm_rank", "pyramiddrop", "ficoco_l", *VISION)
 NEEDS_TEXT = (
     "dart?", "fastv", "ficoco_l", "pyramiddrop", "sgl", "signpost", "sparsevlm", "sparsevlm_plus", "sparsevlm_rank",
 )  # fmt: skip
-UNBUDGETED = ("downsample", "none", "sparsevlm_rank", "tops")  # the last one keeps more where no text follows
+UNBUDGETED = ("downsample", "none", "sparsevlm_rank")
+TWO_PLACES = ("tops", "vscan")  # what they keep at first is more than the budget, and all that there is without text
 
 
 def check(case: Case) -> str:
@@ -68,7 +69,7 @@ def refusals(case: Case) -> list[str]:
         out += [r"is out of reach"]
         out += [r"leaves less than a token"] if case.method == "downsample" else []
     if "layers" in o or "k" in o or "start" in o or case.method == "aim" or case.shape.layers < 3:
-        out += [r"do not fit a model of \d+ layers"]
+        out += [r"do(es)? not fit a model of \d+ layers"]
     if case.method in VISION and (case.shape.kind == "text" or case.entry != "ids"):
         out += ["acts in the vision tower or the projector", "acts while pictures are encoded"]
     if case.method == "aim":
@@ -183,7 +184,8 @@ class Comparison:
                 for mine, first in zip(record.stages, records[0].stages, strict=True):
                     if any(not torch.equal(a, f) for a, f in zip(mine.kept, first.kept, strict=True)):
                         raise Mismatch(f"layer {mine.layer}: other tokens kept at a later step without a cache")
-            if not records or not isinstance(budget, int) or self.case.method in UNBUDGETED:
+            ends = self.case.method in TWO_PLACES and any(isinstance(r[-1], str) for r in rows)
+            if not records or not isinstance(budget, int) or self.case.method in UNBUDGETED or ends:
                 continue
             for s, can in enumerate(prunable):
                 there = min(budget, records[0].n_visual[s])
